@@ -1,0 +1,83 @@
+# -*- coding: utf-8 -*-
+"""Train the Gluon CNN on Fashion-MNIST, watched and steered from WeChat."""
+import argparse
+import sys
+
+if not (3, 9) <= sys.version_info[:2] <= (3, 12):
+    sys.exit('需要 Python 3.9 到 3.12（MXNet 1.9.1 只支持这些版本），现在是 %d.%d。' % sys.version_info[:2])
+
+import utils
+from utils import itchat
+from mxnet import autograd, gluon, nd
+from mxnet.gluon import nn
+
+
+def nn_train(wechat_name, params):
+    """Train the network with params = (learning_rate, training_iters, batch_size), reporting to wechat_name."""
+    learning_rate, training_iters, batch_size = params
+    train_data, test_data = utils.load_data_fashion_mnist(batch_size)
+    softmax_cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
+    net = nn.Sequential()
+    with net.name_scope():
+        net.add(nn.Conv2D(channels=20, kernel_size=5, activation='relu'))
+        net.add(nn.MaxPool2D(pool_size=2, strides=2))
+        net.add(nn.Conv2D(channels=50, kernel_size=3, activation='relu'))
+        net.add(nn.MaxPool2D(pool_size=2, strides=2))
+        net.add(nn.Flatten())
+        net.add(nn.Dense(128, activation='relu'))
+        net.add(nn.Dense(10))
+    ctx = utils.try_gpu()
+    net.initialize(ctx=ctx)
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})
+    epoch = 1
+    while utils.lock_start() and epoch <= training_iters:
+        train_loss = 0
+        train_acc = 0
+        for data, label in utils.progress(train_data):  # a bar on the terminal; ends at 停止
+            label = label.as_in_context(ctx)
+            with autograd.record():
+                output = net(data.as_in_context(ctx))
+                loss = softmax_cross_entropy(output, label)
+            loss.backward()
+            trainer.step(data.shape[0])
+            train_acc += utils.accuracy(output, label)
+            train_loss += nd.mean(loss).asscalar()
+            learning_rate, training_iters, _ = utils.params()  # as they stand in the chat now
+            trainer.set_learning_rate(learning_rate)
+        if not utils.lock_start():
+            break
+        test_acc = utils.evaluate_accuracy(test_data, net, ctx)
+        utils.chat_inf(wechat_name, epoch, train_loss, train_acc, train_data, test_acc)
+        epoch += 1
+    utils.lock_end(wechat_name)
+
+
+def parse_args():
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(
+        description='训练 Fashion-MNIST 上的卷积网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。')
+    parser.add_argument('--console', action='store_true', help='不用微信，在终端里输入同样的命令')
+    parser.add_argument('--data', metavar='DIR', help='Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）')
+    parser.add_argument('--demo', action='store_true', help='--console，并用程序自己画的小图：不需要微信，也不需要网络')
+    parser.add_argument('--seed', type=int, default=0, help='随机种子：种子相同，训练的结果就相同（默认 0）')
+    args = parser.parse_args()
+    if args.data:
+        try:
+            utils.find_files(args.data)
+        except OSError as error:
+            parser.error('--data：%s' % error)
+    return args
+
+
+if __name__ == '__main__':
+    args = parse_args()
+    utils.seed = args.seed
+    utils.data_dir = utils.DEMO if args.demo else args.data
+    if args.console or args.demo:
+        itchat = utils.chat = utils.Console()
+    elif not utils.wechat_reachable():
+        sys.exit('连不上微信（login.weixin.qq.com）。没有网络可用 --console 在终端里控制，或用 --demo 试用。')
+    utils.chat_supervisor(nn_train)
+    itchat.auto_login(hotReload=True, qrCallback=utils.show_qr, loginCallback=utils.show_login)
+    itchat.run()
+    sys.exit(utils.chat_end())
