@@ -5,14 +5,18 @@ server in this file, REQUESTS_CA_BUNDLE makes its certificate trusted. Read from
 the server -> a program under test -> tests of the helpers -> of the parser -> of whole sessions.
 """
 import contextlib
+import csv
+import email
 import gzip
 import hashlib
 import html
+import io
 import http.server
 import json
 import os
 import re
 import shutil
+import socket
 import ssl
 import struct
 import subprocess
@@ -20,14 +24,16 @@ import sys
 import threading
 import time
 import urllib.parse
+import zipfile
 
 import numpy as np
 import pytest
 import trustme
+from PIL import Image
 from hypothesis import given, settings, strategies as st
 
 import utils
-from mxnet import nd
+from mxnet import gluon, nd
 from mxnet.gluon import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -45,7 +51,8 @@ class WeChat(http.server.ThreadingHTTPServer):
     """
     daemon_threads = True
     owner = 'A'
-    friends = ('B', 'C')       # nicknames; the address of each changes at every login
+    friends = 'B', 'C', 'D', 'E', 'F'  # nicknames; the address of each changes at every login
+    remarks = {'D': '老王', 'F': 'E'}
     group, public = '@@group', 'News'
 
     def __init__(self, folder):
@@ -61,7 +68,8 @@ class WeChat(http.server.ThreadingHTTPServer):
         self.uuid = None                      # of the QR code now shown
         self.logins = 0
         self.waiting = []                     # messages for the client
-        self.sent = []                        # (name, text) that the client sent
+        self.sent = []                        # (name, text) that the client sent; a picture is its bytes
+        self.uploads = {}                     # MediaId -> bytes
         self.phone = 'scans'                  # what A does when a QR code is shown
         self.files = {}                       # url -> bytes, for downloads
         self.numbers = iter(range(1, 10 ** 9))
@@ -96,15 +104,28 @@ class WeChat(http.server.ThreadingHTTPServer):
         """Return the texts that `name` got, from the `since`-th on."""
         return [text for to, text in self.sent if to == name][since:]
 
+    def ready(self):
+        """Wait for the login and let B, by the first command, become the supervisor."""
+        self.wait(lambda: self.logins)
+        so_far = len(self.heard())
+        self.says('B', '参数')
+        self.wait_text('学习率', since=so_far)
+
     def ask(self, text, name='B'):
-        """Let `name` write `text`, wait for the next message to `name` and return it."""
+        """Let `name` write `text`, wait for the answer and return it: the next text that is no report."""
         so_far = len(self.heard(name))
         self.says(name, text)
-        return self.wait(lambda: self.heard(name, so_far))[0]
+        return self.wait_text(r'\A(?!第 \d|训练(完成|已停止|出错|停下)|程序结束前|\d+ 秒后)', name, so_far)
 
     def wait_text(self, pattern, name='B', since=0):
-        """Wait for a message to `name` that `pattern` is found in and return it."""
-        return self.wait(lambda: [t for t in self.heard(name, since) if re.search(pattern, t)])[0]
+        """Wait for a text to `name` that `pattern` is found in and return it."""
+        return self.wait(lambda: [t for t in self.heard(name, since) if isinstance(t, str) and re.search(pattern, t)])[0]
+
+    def wait_picture(self, name='B', since=0):
+        """Wait for a picture to `name` and return it as an array (height, width, channels)."""
+        png = self.wait(lambda: [t for t in self.heard(name, since) if isinstance(t, bytes)])[0]
+        assert png.startswith(b'\x89PNG')
+        return np.asarray(Image.open(io.BytesIO(png)))
 
     # -- what the client asks
 
@@ -115,7 +136,7 @@ class WeChat(http.server.ThreadingHTTPServer):
         return '@' + hashlib.md5(('%s %d' % (name, self.logins)).encode()).hexdigest()
 
     def contact(self, name):
-        return {'UserName': self.address(name), 'NickName': name, 'RemarkName': '', 'Sex': 0, 'MemberList': [],
+        return {'UserName': self.address(name), 'NickName': name, 'RemarkName': self.remarks.get(name, ''), 'Sex': 0, 'MemberList': [],
                 'VerifyFlag': 8 if name == self.public else 0, 'HeadImgUrl': '', 'ContactFlag': 3}
 
     def keys(self):
@@ -142,7 +163,7 @@ class WeChat(http.server.ThreadingHTTPServer):
                 self.faults.append('%s without the cookies of this login' % name)
             if name in ('synccheck', 'webwxgetcontact', 'webwxlogout'):
                 return 200, {}, answer(query)
-            request = json.loads(body)
+            request = json.loads(body) if name != 'webwxuploadmedia' else self.form(headers, body)
             base = {'Ret': 0 if request['BaseRequest']['Skey'] == 'skey%d' % self.logins else 1, 'ErrMsg': ''}
             return 200, {}, json.dumps(dict({'BaseResponse': base}, **answer(request)))
 
@@ -202,9 +223,26 @@ class WeChat(http.server.ThreadingHTTPServer):
         message = request['Msg']
         if message['FromUserName'] != self.address(self.owner) or message['ToUserName'] not in names:
             self.faults.append('a message from or to nobody: %r' % message)
-        self.sent.append((names.get(message['ToUserName']), message['Content']))
+        self.sent.append((names.get(message['ToUserName']), message.get('Content') or self.uploads[message['MediaId']]))
         self.changed.notify_all()
         return {'MsgID': str(next(self.numbers)), 'LocalID': message['LocalID']}
+
+    on_webwxsendmsgimg = on_webwxsendmsg
+
+    def form(self, headers, body):
+        """Return the JSON in an upload, with the file's bytes as 'file'."""
+        parts = email.message_from_bytes(b'Content-Type: %s\n\n' % headers['Content-Type'].encode() + body)
+        fields = {p.get_param('name', header='Content-Disposition'): p.get_payload(decode=True) for p in parts.get_payload()}
+        if fields['webwx_data_ticket'] != b'data%d' % self.logins or fields['pass_ticket'] != b'pass%d' % self.logins:
+            self.faults.append('an upload without its tickets')
+        return dict(json.loads(fields['uploadmediarequest']), file=fields['filename'])
+
+    def on_webwxuploadmedia(self, request):
+        content = request['file']
+        if (request['TotalLen'], request['FileMd5']) != (len(content), hashlib.md5(content).hexdigest()):
+            self.faults.append('an upload that is not what it says')
+        self.uploads['media%d' % len(self.uploads)] = content
+        return {'MediaId': 'media%d' % (len(self.uploads) - 1)}
 
     def on_webwxlogout(self, query):
         return ''
@@ -226,7 +264,10 @@ class Answerer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         url = urllib.parse.urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        length = int(self.headers.get('Content-Length', 0))
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise ConnectionError('the client is gone')
         status, headers, answer = self.server.respond(
             url.hostname or self.host, url.path, dict(urllib.parse.parse_qsl(url.query)), self.headers, body)
         answer = answer if isinstance(answer, bytes) else answer.encode()
@@ -415,7 +456,7 @@ def test_durations_fit_a_phone():
 # --------------------------------------------------------------------------- what a person can write
 
 @pytest.mark.parametrize('text, command', [
-    ('开始', 'start'), (' start\n', 'start'), ('ＳＴＯＰ', 'stop'), ('停止！', 'stop'), ('参数', 'params'), ('Help', 'help'),
+    ('继续', 'resume'), ('状态', 'status'), ('plot', 'plot'), ('取消', 'cancel'), ('开始', 'start'), (' start\n', 'start'), ('ＳＴＯＰ', 'stop'), ('停止！', 'stop'), ('参数', 'params'), ('Help', 'help'),
     ('lr 0.1', [('learning_rate', '0.1')]), ('LR=0.1', [('learning_rate', '0.1')]),
     ('learning_rate：1e-3', [('learning_rate', '1e-3')]), ('ｌｒ　０．１', [('learning_rate', '0.1')]),
     ('ti: 5', [('training_iters', '5')]), ('Batch_Size = １２８', [('batch_size', '128')]),
@@ -478,6 +519,8 @@ def test_a_session_in_wechat(wechat, images, tmp_path):
         output = program.output()
         assert '█▀▀' in output or '▄▄▄▄▄' in output  # the QR code
         assert '已扫码' in output and '已登录：A' in output
+        wechat.ready()
+        assert wechat.heard()[0].startswith('程序结束前，只有你')
         assert wechat.ask('lr 0.1') == '学习率 lr = 0.1\n轮数 ti = 2\n批量 bs = 256'
         assert wechat.ask('ＢＳ：６４，ti=2') == '学习率 lr = 0.1\n轮数 ti = 2\n批量 bs = 64'
         for bad, allowed in (('lr abc', '学习率'), ('lr nan', '学习率'), ('ti 2.5', '轮数'), ('bs 100000', '批量')):
@@ -492,8 +535,9 @@ def test_a_session_in_wechat(wechat, images, tmp_path):
         texts = wechat.heard('B', since)
         assert texts[0].startswith('开始训练\n设备 ') and 'lr = 0.1' in texts[0]
         assert texts[1].startswith('已经在训练了')
-        assert [t.split('\n')[0] for t in texts[2:]] == ['第 1/2 轮', '第 2/2 轮', '训练完成']
-        assert re.fullmatch(r'第 1/2 轮\n损失 \d\.\d{4}\n训练精度 0\.\d{3}\n测试精度 0\.\d{3}\n用时 .+ 秒，还需约 .+ 秒', texts[2])
+        assert [t.split('\n')[0] for t in texts[2:5]] == ['第 1/2 轮', '第 2/2 轮', '训练完成']
+        wechat.wait_picture(since=since)
+        assert re.fullmatch(r'第 1/2 轮\n损失 \d\.\d+\n训练精度 0\.\d{3}\n测试精度 0\.\d{3}\n用时 .+ 秒，还需约 .+ 秒', texts[2])
         assert '还需' not in texts[3] and '完成 2/2 轮' in texts[4]
 
         wechat.ask('ti 50 bs 4')
@@ -518,10 +562,11 @@ def test_only_commands_of_friends_and_of_the_owner_are_answered(wechat, tmp_path
         wechat.says(wechat.group, '%s:\n参数' % wechat.address('B'))
         wechat.says('A', '参数', to='B')                # the owner to a friend
         wechat.says('B', '参数', MsgType=3)             # a picture
-        assert '学习率' in wechat.ask('参数')
+        wechat.ask('参数')
         wechat.says('A', 'help')                        # the owner to filehelper
         wechat.wait(lambda: wechat.heard('filehelper'))
-        assert wechat.sent == [('B', '学习率 lr = 0.5\n轮数 ti = 2\n批量 bs = 256'), ('filehelper', utils.HELP)]
+        assert [name for name, _ in wechat.sent] == ['B', 'B', 'filehelper']
+        assert wechat.sent[1:] == [('B', '学习率 lr = 0.5\n轮数 ti = 2\n批量 bs = 256'), ('filehelper', utils.HELP)]
         assert '吃饭' not in program.output()           # what is no command is not logged
 
 
@@ -546,11 +591,12 @@ def test_a_crash_is_told_and_the_next_start_works(wechat, tmp_path):
     script = tmp_path / 'crashing.py'
     script.write_text(CRASHING)
     with Program(tmp_path, env=wechat.env(), script=str(script)) as program:
-        wechat.wait(lambda: wechat.logins)
+        wechat.ready()
         wechat.ask('ti 1')
         wechat.ask('开始')
         told = wechat.wait_text('出错')
-        assert 'RuntimeError: the disk is on fire' in told and 'second' not in told
+        assert 'RuntimeError: the disk is on fire' in told and '\nsecond' not in told
+        assert socket.gethostname() in told and 'crashing.py 第 7 行：raise' in told and '用时' in told
         assert 'Traceback' in program.output() and 'in nn_train' in program.output()
         wechat.ask('ti 2')
         since = len(wechat.heard())
@@ -561,10 +607,274 @@ def test_a_crash_is_told_and_the_next_start_works(wechat, tmp_path):
 def test_a_kept_session_needs_no_second_scan(wechat, tmp_path):
     for _ in range(2):
         with Program(tmp_path, env=wechat.env()):
-            wechat.wait(lambda: wechat.logins)
-            assert 'lr' in wechat.ask('参数')
+            wechat.ready()
             wechat.wait(lambda: os.path.exists(tmp_path / 'itchat.pkl'))
     assert wechat.logins == 1
+
+
+def test_a_long_run_from_the_phone(wechat, images, tmp_path):
+    """状态, values changed in flight, 曲线, 停止 in the middle, 继续 after a kill, best and last on disk."""
+    with Program(tmp_path, '--data', images, env=wechat.env()) as program:
+        wechat.ready()
+        assert '空闲' in wechat.ask('状态')
+        assert '还没有可画的' in wechat.ask('曲线')
+        wechat.ask('lr 0.1 ti 2 bs 8')
+        wechat.ask('开始')
+        wechat.wait_text('第 1/2 轮')
+        status = wechat.ask('状态')
+        for line in ('训练中：完成 1/2 轮', r'第 1 轮：损失 \d', r'最好的测试精度 0.\d{3}（第 1 轮）', '已用 .*，还需约',
+                     'lr = 0.1', '设备 ', '主机 ' + re.escape(socket.gethostname())):
+            assert re.search(line, status)
+        assert max(len(line) for line in status.split('\n')) < 45 and status.count('\n') < 14
+        assert wechat.ask('lr 0.05').startswith('lr：从下一批起生效\n')
+        assert wechat.ask('ti 30 bs 4').startswith('ti：这次训练到第 30 轮为止\nbs：下次开始时生效\n')
+        wechat.says('B', '曲线')
+        assert wechat.wait_picture().shape[:2] == (1040, 800)
+        assert '批' in wechat.ask('状态')
+        assert wechat.ask('停止') == '好，这一批算完就停。'
+        stopped = wechat.wait_text('训练已停止')
+        assert '发“继续”接着训练' in stopped
+        where = re.search(r'完成 (\d+)/30 轮，第 (\d+) 轮到第 (\d+)/375 批', stopped)
+        assert where, stopped
+        program.process.kill()
+
+    [folder] = (tmp_path / 'runs').iterdir()
+    assert {path.name for path in folder.iterdir()} == {'last.zip', 'best.params', 'log.csv', 'curve.png'}
+    with open(folder / 'log.csv') as f:
+        rows = list(csv.DictReader(f))
+    assert [row['epoch'] for row in rows] == [str(i + 1) for i in range(int(where[1]))]
+    assert rows[0]['learning_rate'] == '0.1' and 0 < float(rows[0]['test_acc']) < 1
+    state = utils.read_checkpoint(str(folder / 'last.zip'))
+    assert (state['epoch'], state['batch'], state['params']) == (int(where[2]), int(where[3]), [0.05, 30, 8])
+    assert len(state['losses']) == 375 * int(where[1]) + int(where[3])
+
+    with Program(tmp_path, '--data', images, env=wechat.env()):
+        wechat.ready()
+        since = len(wechat.heard())
+        assert '发“继续”可以接着训练' in wechat.ask('状态')
+        wechat.ask('ti %d' % (int(where[1]) + 1))
+        answer = wechat.ask('继续')
+        assert where[0].replace('/30', '/%d' % (int(where[1]) + 1)) in answer and 'lr = 0.05' in answer and 'bs = 8' in answer
+        wechat.wait_text('训练完成', since=since)
+        assert '都训练完了' in wechat.ask('继续')
+    assert len(list((tmp_path / 'runs').iterdir())) == 1
+    assert len(utils.read_checkpoint(str(folder / 'last.zip'))['losses']) == 375 * (int(where[1]) + 1)
+
+
+def run_here(monkeypatch, nn_train, command, stop_after=None):
+    """Carry out 'start' or 'resume' in this process, stop after so many batches; return the texts sent."""
+    texts, batches = [], []
+    monkeypatch.setattr(utils, 'chat_send', lambda text, name: texts.append(text))
+
+    def batch_loss(loss, batch_loss=utils.batch_loss):
+        batches.append(loss)
+        if len(batches) == stop_after:
+            with utils.lock:
+                utils.stop()
+        return batch_loss(loss)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, 'batch_loss', batch_loss)
+        with utils.lock:
+            texts.append(utils.obey(command, nn_train, 'filehelper', ''))
+        utils.run.thread.join()
+    return texts
+
+
+def parameters(path):
+    """Return the parameters in a last.zip as numpy arrays, read by the plain network."""
+    with zipfile.ZipFile(path) as z:
+        z.extract('net.params', os.path.dirname(path))
+    return {k: v.asnumpy() for k, v in nd.load(os.path.join(os.path.dirname(path), 'net.params')).items()}
+
+
+def test_a_resumed_run_is_the_unbroken_run(images, tmp_path, monkeypatch):
+    """Stopped after 20 batches and resumed: parameters, losses, accuracies equal bit for bit."""
+    import wechat_train
+    results = []
+    for name, stop_after in (('unbroken', None), ('broken', 20)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for key, value in dict(data_dir=images, learning_rate=0.1, training_iters=2, batch_size=100).items():
+            monkeypatch.setattr(utils, key, value)
+        texts = run_here(monkeypatch, wechat_train.nn_train, 'start', stop_after)
+        if stop_after:
+            assert any('第 1 轮到第 20/30 批' in t for t in texts if isinstance(t, str))
+            texts = run_here(monkeypatch, wechat_train.nn_train, 'resume')
+        assert utils.run.error is None, texts
+        path = utils.run.checkpoint
+        results.append((parameters(path), utils.read_checkpoint(path)))
+    (whole, whole_state), (broken, broken_state) = results
+    assert whole.keys() == broken.keys() and len(whole) == 8
+    assert all(np.array_equal(whole[name], broken[name]) for name in whole)
+    assert whole_state['losses'] == broken_state['losses'] and len(whole_state['losses']) == 60
+    assert [row[:4] for row in whole_state['history']] == [row[:4] for row in broken_state['history']]
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (('1', b'PK'), ('2', b'')):
+        (tmp_path / 'runs' / name).mkdir(parents=True)
+        (tmp_path / 'runs' / name / 'last.zip').write_bytes(content)
+    assert utils.last_checkpoint() == (None, None)
+    assert capsys.readouterr().out.count('已损坏') == 2
+    assert len(list(tmp_path.glob('runs/*/last.zip.damaged'))) == 2
+
+
+def test_who_may_command(wechat, tmp_path):
+    options = [word for name in ('老王', 'E', 'nobody') for word in ('--supervisor', name)]
+    with Program(tmp_path, *options, env=wechat.env()) as program:
+        wechat.wait(lambda: 'webpush.wx2.qq.com/cgi-bin/mmwebwx-bin/synccheck' in wechat.requests)
+        assert '“E”：有 2 个好友' in program.output() and '“nobody”：好友里没有' in program.output()
+        for _ in range(3):
+            wechat.says('B', 'lr 0.9')
+        wechat.says('B', '你好')
+        assert 'lr = 0.5' in wechat.ask('参数', 'D')
+        wechat.says('A', 'lr 0.2')  # the owner may always
+        wechat.wait(lambda: wechat.heard('filehelper'))
+        assert 'lr = 0.2' in wechat.ask('参数', 'D')
+        assert wechat.heard('B') == ['抱歉，这里的训练由别人监督，你的命令没有执行。']
+        assert 'B 不能下命令' in program.output()
+
+
+LINEAR_REGRESSION = """
+import itchat, sys, utils
+from mxnet import autograd, gluon, nd
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    X = nd.random.normal(shape=(1000, 2))
+    y = X[:, 0] * 2 - X[:, 1] * 3.4 + 4.2
+    train_data = gluon.data.DataLoader(gluon.data.ArrayDataset(X, y), batch_size, shuffle=True)
+    net = gluon.nn.Dense(1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})
+    square_loss = gluon.loss.L2Loss()
+    epoch = 1
+    while utils.lock_start() and epoch <= training_iters:
+        train_loss = 0
+        for data, label in train_data:
+            with autograd.record():
+                loss = square_loss(net(data), label)
+            loss.backward()
+            trainer.step(batch_size)
+            train_loss += nd.mean(loss).asscalar()
+        utils.chat_inf(wechat_name, epoch, train_loss, 0, train_data, 0)
+        epoch += 1
+    utils.lock_end(wechat_name)
+
+if __name__ == '__main__':
+    utils.wechat_reachable()
+    utils.then_command, utils.then_delay = 'echo done > then.txt', float(sys.argv[1])
+    utils.chat_supervisor(nn_train)
+    itchat.auto_login(hotReload=True, qrCallback=utils.show_qr, loginCallback=utils.show_login)
+    itchat.run()
+"""
+
+
+def test_another_training_function_with_the_tutorials_calls_alone(wechat, tmp_path):
+    script = tmp_path / 'regression.py'
+    script.write_text(LINEAR_REGRESSION)
+    with Program(tmp_path, '1', env=wechat.env(), script=str(script)):
+        wechat.ready()
+        wechat.ask('lr 0.03 ti 3 bs 10')
+        wechat.ask('开始')
+        losses = [float(re.search('损失 (.*)', wechat.wait_text('第 %d/3 轮' % i))[1]) for i in (1, 2, 3)]
+        assert losses[2] < 0.01 < losses[0]
+        wechat.wait_picture()
+        assert '没有可以继续的训练' in wechat.ask('继续')
+        wechat.wait_text('已执行：echo done > then.txt\n退出状态 0')  # --then, after its delay
+        assert (tmp_path / 'then.txt').read_text() == 'done\n'
+        since = len(wechat.heard())
+        wechat.ask('ti 100000')
+        wechat.ask('开始')
+        assert 'lr：下次开始时生效' in wechat.ask('lr 0.1')
+        wechat.wait_text('第 2/100000 轮', since=since)
+        assert '训练中' in wechat.ask('状态')
+        wechat.ask('停止')
+        wechat.wait_text('训练已停止', since=since)
+        assert len(list((tmp_path / 'runs').glob('*/log.csv'))) == 2
+
+
+FULL_REGRESSION = LINEAR_REGRESSION.replace("""
+    epoch = 1
+    while""", """
+    epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)
+    while""").replace("""        train_loss = 0
+        for data, label in train_data:
+""", """        for data, label in utils.progress(train_data, epoch):
+            trainer.set_learning_rate(utils.params()[0])
+""").replace('nd.mean(loss).asscalar()', 'utils.batch_loss(loss)').replace("""
+        utils.chat_inf(wechat_name, epoch, train_loss, 0, train_data, 0)
+        epoch += 1
+""", """
+        if utils.lock_start():
+            utils.chat_inf(wechat_name, epoch, train_loss, 0, train_data, 0)
+            epoch, train_loss = epoch + 1, 0
+        utils.save_checkpoint(net, trainer, epoch, train_loss, 0)
+""")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(wechat, tmp_path):
+    script = tmp_path / 'regression.py'
+    script.write_text(FULL_REGRESSION)
+    with Program(tmp_path, '3600', env=wechat.env(), script=str(script)):
+        wechat.ready()
+        wechat.ask('ti 1 bs 10 lr 0.03')
+        wechat.ask('开始')
+        wechat.wait_text('训练完成')
+        wechat.ask('取消')
+        [checkpoint] = tmp_path.glob('runs/*/last.zip')
+        before = parameters(str(checkpoint))
+        wechat.ask('ti 5 lr 50')  # every step makes the error some fifty times larger
+        wechat.ask('继续')
+        told = wechat.wait_text('训练停下了')
+        assert re.search(r'训练停下了：损失成了 (inf|nan)\n第 2 轮第 \d+/100 批，lr = 50\n可以试试 lr 5，再发“继续”\n', told)
+        after = parameters(str(checkpoint))
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+        wechat.ask('lr 0.03')
+        since = len(wechat.heard())
+        assert '完成 1/5 轮' in wechat.ask('继续')
+        assert '完成 5/5 轮' in wechat.wait_text('训练完成', since=since)
+
+
+def test_parameters_that_are_not_numbers_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd')
+    monkeypatch.setattr(utils, 'run', utils.new_run('B'))
+    utils.run.batch = utils.run.batches = 1
+    utils.save_checkpoint(net, trainer, 1, 0.5, 0.5)
+    [checkpoint] = tmp_path.glob('runs/*/last.zip')
+    whole = checkpoint.read_bytes()
+    net.weight.set_data(nd.array([[float('nan')]]))
+    with pytest.raises(FloatingPointError, match='weight'):
+        utils.save_checkpoint(net, trainer, 1, 0.5, 0.5)
+    assert checkpoint.read_bytes() == whole
+
+
+def test_then_can_be_called_off(wechat, tmp_path):
+    script = tmp_path / 'regression.py'
+    script.write_text(LINEAR_REGRESSION)
+    with Program(tmp_path, '3600', env=wechat.env(), script=str(script)):
+        wechat.ready()
+        assert wechat.ask('取消') == '没有要取消的。'
+        wechat.ask('ti 100000')
+        wechat.ask('开始')
+        wechat.ask('停止')
+        wechat.wait_text('训练已停止')
+        assert '没有要取消的' in wechat.ask('取消')     # not after 停止
+        wechat.ask('ti 1')
+        wechat.ask('开始')
+        assert '3600 秒后执行：echo done' in wechat.wait_text('不要执行就发“取消”')
+        assert wechat.ask('取消') == '好，不执行了。'
+        since = len(wechat.heard())
+        wechat.ask('开始')
+        wechat.wait_text('秒后执行', since=since)
+        assert '（“echo done > then.txt”已取消）' in wechat.ask('开始')  # a new run needs the machine
+        wechat.wait_text('秒后执行', since=since + 4)
+        wechat.ask('取消')
+    assert not (tmp_path / 'then.txt').exists()
 
 
 # ----------------------------------------------------------------------------------- the command line

@@ -1,24 +1,32 @@
 """Data, accuracy, the lock and the chat: what stands between a Gluon training loop and WeChat.
 
-Read from top to bottom, in the order in which things happen:
-the data -> the device -> the lock -> what a training loop calls -> what a person in the chat says
--> how words travel -> WeChat's login, and the terminal that can stand in for WeChat.
+Read from top to bottom, in the order in which things happen: the data -> the device -> the lock ->
+what a training loop calls -> its checkpoints -> what a person in the chat can say -> what is done
+about it -> what the answers say -> how words travel -> WeChat's login.
 """
 import contextlib
+import csv
 import functools
+import glob
 import gzip
 import io
+import itertools
+import json
 import math
 import os
 import queue
 import re
+import socket
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import types
 import unicodedata
+import zipfile
 
 import numpy as np
 
@@ -70,15 +78,15 @@ class Batches:
     def __init__(self, images, labels, batch_size, resize=None, shuffle=False):
         self.images, self.labels = images, labels  # uint8 (N, 28, 28), uint8 (N,)
         self.batch_size, self.resize, self.shuffle = batch_size, resize, shuffle
-        self.epoch = 0  # how often the images have been gone through
+        self.epoch = 1  # that the next pass over the images belongs to; it decides their order
 
     def __len__(self):
         return math.ceil(len(self.labels) / self.batch_size)
 
     def __iter__(self):
         n = len(self.labels)
-        self.epoch += 1
         order = np.random.RandomState([seed % 2**32, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
+        self.epoch += 1
         for i in range(0, n, self.batch_size):
             chosen = order[i:i + self.batch_size]
             data = nd.array(self.images[chosen, None], dtype='float32') / 255
@@ -206,6 +214,12 @@ running = False     # may the training go on? True from 开始 until 停止, the
 batch_size = 256    # images
 learning_rate = 0.5
 training_iters = 2  # epochs
+chosen = set()      # which of the three a person has set: 继续 takes the others from the checkpoint
+supervisors = []    # remark names or nicknames of those who may command; empty: the first who does
+commanders = {}     # UserName -> name of those of them who are found among the friends of this login
+refused = set()     # names of those who were told that they may not command
+then_command = None  # a shell command for when a run has ended by itself
+then_timer = None   # what will run it
 
 
 def new_run(wechat_name=None):
@@ -213,12 +227,17 @@ def new_run(wechat_name=None):
     now = time.monotonic()
     return types.SimpleNamespace(
         thread=None,              # the thread that trains; None: nothing trains
-        wechat_name=wechat_name,  # who started it and gets the reports
+        wechat_name=wechat_name,  # who started it
         params=(learning_rate, training_iters, batch_size),
         live=False,               # does nn_train read params() in its loop, so that changes count at once?
-        history=[],               # a row for every epoch: epoch, loss, train_acc, test_acc
-        batch=0, batches=0,       # of the epoch now going on; 0: none, or nn_train does not use progress()
-        began=now, epoch_began=now,
+        folder=None,              # its checkpoints and its log; made when there is something to keep
+        checkpoint=None,          # the file that can be resumed from
+        resumed=None,             # what read_checkpoint() returned, if the run goes on with an earlier one
+        history=[],               # a row for every epoch: see LOG
+        losses=[],                # a pair for every batch: epochs done by then (2.5 is amid the third), loss
+        batch=0, batches=0,       # done and in all in this epoch; 0 when nn_train does not use progress()
+        began=now, epoch_began=now, epoch_from=0,  # epoch_from: the batch at which the clock was started
+        seconds_before=0, done_before=0,           # what a resumed run had behind it
         error=None)               # what nn_train raised
 
 
@@ -226,9 +245,11 @@ run = new_run()  # the run that is going on, or the last one
 
 # ------------------------------------------------------------------------- what a training loop calls
 
+LOG = 'epoch', 'loss', 'train_acc', 'test_acc', 'learning_rate', 'seconds'
+
 
 def lock_start():
-    """Return True while the run may go on: from 开始 until 停止. A training loop asks before a batch."""
+    """Return True while the run may go on: from 开始 until 停止. A training loop asks before an epoch."""
     with lock:
         return running
 
@@ -240,46 +261,213 @@ def params():
         return learning_rate, training_iters, batch_size
 
 
-def progress(train_data):
-    """Yield the batches of one epoch, none more after 停止, with a progress bar on the terminal."""
-    for i, batch in enumerate(tqdm(train_data, unit='batch', leave=False, disable=None)):
-        with lock:
-            if not running:
-                return
-            run.batch, run.batches = i + 1, len(train_data)
-        yield batch
+def progress(train_data, epoch):
+    """Yield the batches of an epoch with a progress bar on the terminal, none more after 停止.
+
+    In a resumed epoch those that were done before are left out. The order of the images in
+    load_data_fashion_mnist's train_data depends on the seed and the epoch alone.
+    """
+    if isinstance(train_data, Batches):
+        train_data.epoch = epoch
+    with lock:
+        done, run.batches = run.batch, len(train_data)
+        run.epoch_began, run.epoch_from = time.monotonic(), done
+    with tqdm(itertools.islice(train_data, done, None), '第 %d 轮' % epoch, len(train_data), initial=done,
+              unit='批', leave=False, disable=None) as bar:
+        for batch in bar:
+            yield batch
+            with lock:
+                run.batch += 1
+                if not running:
+                    return
+
+
+def batch_loss(loss):
+    """Return the mean of the losses of a batch (N,) as a float, and keep it for 状态 and 曲线.
+
+    Raises FloatingPointError when it is NaN or infinite: nothing good can come of that run.
+    """
+    value = loss.mean().asscalar().item()
+    with lock:
+        run.losses.append((len(run.history) + (run.batch + 1) / max(run.batches, 1), value))
+    check_finite(value)
+    return value
+
+
+def check_finite(loss):
+    """Raise FloatingPointError when `loss` is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError('损失成了 %s' % loss)
 
 
 def chat_inf(wechat_name, epoch, train_loss, train_acc, train_data, test_acc):
-    """Send `wechat_name` the report after an epoch; `epoch` counts from 1.
+    """Send the report after an epoch, which counts from 1, to `wechat_name` and the supervisors.
 
     `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len();
-    numbers or NDArrays of one element.
+    numbers or NDArrays of one element. Raises FloatingPointError when the loss is not finite.
     """
     loss, train_acc = float(train_loss) / len(train_data), float(train_acc) / len(train_data)
+    check_finite(loss)
     now = time.monotonic()
     with lock:
-        run.history.append((epoch, loss, train_acc, float(test_acc)))
-        run.batch, seconds, run.epoch_began = 0, now - run.epoch_began, now
-        last = run_length()
-        left = (now - run.began) / len(run.history) * (last - epoch)
-    chat_send(data_note() + '第 %d/%d 轮\n损失 %.4f\n训练精度 %.3f\n测试精度 %.3f\n用时 %s%s' % (
-        epoch, last, loss, train_acc, test_acc, duration(seconds),
-        '，还需约 ' + duration(left) if left > 0 else ''), wechat_name)
+        seconds = now - run.epoch_began
+        rate = learning_rate if run.live else run.params[0]
+        run.history.append((epoch, loss, train_acc, float(test_acc), rate, round(seconds, 3)))
+        run.batch, run.epoch_began, run.epoch_from = 0, now, 0
+        text = '第 %d/%d 轮\n损失 %.4g\n训练精度 %.3f\n测试精度 %.3f\n用时 %s%s' % (
+            epoch, run_length(), loss, train_acc, test_acc, duration(seconds), time_left())
+        rows = list(run.history)
+        report(data_note() + text, wechat_name)
+    keep('日志', lambda: write_whole('log.csv', lambda path: write_log(path, rows), run))
 
 
 def lock_end(wechat_name):
     """The run is over: free the lock for the next 开始, and say so to `wechat_name`."""
     global running
     with lock:
-        # Sent before the lock is let go, so that no word of the next run overtakes it.
-        chat_send(closing_report(), wechat_name)
+        # Said before the lock is let go, so that no word of the next run overtakes it.
+        report(closing_report(), wechat_name)
+        if len(run.history) > 1:
+            report(curve(), wechat_name)
+        if running and run.error is None and then_command:
+            prepare_then(wechat_name)
         run.thread, running = None, False
+
+
+# ------------------------------------------------------------------------------------ the checkpoints
+
+# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy), best.params,
+# log.csv and curve.png. Each is written under another name and then put in its place, so that there is
+# always a whole one; last.zip carries the checksums of what it holds.
+RUNS = 'runs'
+
+
+def save_checkpoint(net, trainer, epoch, train_loss, train_acc):
+    """Keep what 继续 needs to go on in the middle of `epoch`, of which run.batch batches are done.
+
+    A failure (a full disk) is told, and the training goes on: the checkpoint before stays whole.
+    Raises FloatingPointError, and keeps the checkpoint before, when a parameter is not finite.
+    """
+    with lock:
+        state = dict(epoch=epoch, train_loss=float(train_loss), train_acc=float(train_acc), data=data_name(),
+                     seed=seed, batch=run.batch, batches=run.batches, history=run.history[:], seconds=elapsed(),
+                     params=(*((learning_rate, training_iters) if run.live else run.params[:2]), run.params[2]))
+        losses = np.array(run.losses)
+    if not state['history'] and not state['batch']:
+        return  # nothing has been learned yet
+    for name, parameter in net.collect_params().items():
+        if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
+            raise FloatingPointError('网络的 %s 里有 NaN 或无穷大' % name)
+    if state['history'] and not state['batch'] and best_row(state['history']) is state['history'][-1]:
+        keep('最好的网络', lambda: write_whole('best.params', net.save_parameters, run))
+    path = keep('检查点', lambda: write_whole('last.zip', lambda path: write_checkpoint(
+        path, net, trainer, state, losses), run))
+    with lock:
+        run.checkpoint = path or run.checkpoint
+
+
+def load_checkpoint(net, trainer):
+    """Return the epoch to go on with and the sums of loss and accuracy in it so far.
+
+    That is 1, 0, 0, unless a person has said 继续: then net and trainer become what they were.
+    """
+    if run.resumed is None:
+        return 1, 0, 0
+    with zipfile.ZipFile(run.checkpoint) as checkpoint, tempfile.TemporaryDirectory() as folder:
+        checkpoint.extractall(folder)
+        net.load_parameters(os.path.join(folder, 'net.params'), ctx=try_gpu())
+        trainer.load_states(os.path.join(folder, 'trainer.states'))
+    return run.resumed['epoch'], run.resumed['train_loss'], run.resumed['train_acc']
+
+
+def write_checkpoint(path, net, trainer, state, losses):
+    """Write last.zip to `path`."""
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        net.save_parameters(os.path.join(folder, 'net.params'))
+        trainer.save_states(os.path.join(folder, 'trainer.states'))
+        np.save(os.path.join(folder, 'losses.npy'), losses)
+        with open(os.path.join(folder, 'run.json'), 'w') as f:
+            json.dump(state, f)
+        with zipfile.ZipFile(path, 'w') as checkpoint:
+            for name in os.listdir(folder):
+                checkpoint.write(os.path.join(folder, name), name)
+
+
+def read_checkpoint(path):
+    """Return what save_checkpoint() kept in `path`, less the network; ValueError when it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as checkpoint:
+            if checkpoint.testzip() is not None:
+                raise ValueError('%s 已损坏' % path)
+            state = json.loads(checkpoint.read('run.json'))
+            state['losses'] = np.load(io.BytesIO(checkpoint.read('losses.npy'))).tolist()
+            return state
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ValueError('%s 已损坏：%s' % (path, error)) from None
+
+
+def last_checkpoint():
+    """Return (path, what it holds) of the newest checkpoint on the data now used, or (None, None).
+
+    One that is damaged is set aside under another name.
+    """
+    for path in sorted(glob.glob(os.path.join(RUNS, '*', 'last.zip')), key=os.path.getmtime, reverse=True):
+        try:
+            state = read_checkpoint(path)
+            if state['data'] == data_name():
+                return path, state
+        except ValueError as error:
+            os.replace(path, path + '.damaged')
+            say('%s，改名为 last.zip.damaged' % error)
+    return None, None
+
+
+def write_log(path, rows):
+    """Write the epochs as CSV."""
+    with open(path, 'w', newline='') as f:
+        csv.writer(f).writerows([LOG, *rows])
+
+
+def write_whole(name, write, this_run):
+    """Let write(path) write a file, then put it in its place in the run's folder; return its path."""
+    path = os.path.join(run_folder(this_run), name)
+    try:
+        write(path + '.new')
+        with open(path + '.new', 'rb+') as f:
+            os.fsync(f.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(path + '.new', path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + '.new')
+    return path
+
+
+def run_folder(this_run):
+    """Return the folder of a run, made now if there is none."""
+    with lock:
+        name = os.path.join(RUNS, time.strftime('%Y%m%d-%H%M%S'))
+        others = ('%s-%d' % (name, i) for i in itertools.count(2))  # for runs of the same second
+        while this_run.folder is None:
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(name)
+                this_run.folder = name
+            name = next(others)
+        return this_run.folder
+
+
+def keep(what, write):
+    """Return write(), or tell that the disk would not have it and return None."""
+    try:
+        return write()
+    except (OSError, mx.MXNetError) as error:  # MXNet has its own word for a full disk
+        with lock:
+            report('%s没有写成：%s\n训练继续；以前的还在。' % (what, first_line(error)), run.wechat_name)
 
 
 # ------------------------------------------------------------------ what a person in the chat can say
 
-WORDS = {'开始': 'start', '停止': 'stop', '参数': 'params', '帮助': 'help'}
+WORDS = {'开始': 'start', '停止': 'stop', '继续': 'resume', '状态': 'status', '曲线': 'plot', '参数': 'params',
+         '取消': 'cancel', '帮助': 'help'}
 NAMES = {'lr': 'learning_rate', 'ti': 'training_iters', 'bs': 'batch_size'}
 SHORT = {name: short for short, name in NAMES.items()}
 LIMITS = {  # type, smallest, largest, what to write in Chinese
@@ -287,13 +475,16 @@ LIMITS = {  # type, smallest, largest, what to write in Chinese
     'training_iters': (int, 1, 100000, '轮数要是 1 到 100000 的整数，例如 ti 5'),
     'batch_size': (int, 1, 10000, '批量要是 1 到 10000 的整数，例如 bs 128')}
 
-HELP = '''开始：开始训练
+HELP = '''开始：从头训练
 停止：算完这一批就停
+继续：接着上次的训练
+状态：现在到哪了
+曲线：损失和精度的图
 lr 0.1：学习率
 ti 5：训练几轮
-bs 128：每批几张图
-参数：看现在的参数
-（可以一次写几个：lr 0.1 ti 5）'''
+bs 128：每批几张
+参数：看这三个值
+取消：不执行训练后的命令'''
 
 
 def parse(text):
@@ -326,6 +517,9 @@ def read_value(name, text):
     raise ValueError('%s 不行：%s' % (text[:20], allowed))
 
 
+# ------------------------------------------------------------------------------ what is done about it
+
+
 def chat_supervisor(nn_train):
     """Register the handler of friends' text messages; 开始 trains with nn_train(wechat_name, params).
 
@@ -336,13 +530,16 @@ def chat_supervisor(nn_train):
 
     @chat.msg_register(itchat.content.TEXT)
     def chat_trigger(msg):
-        wechat_name = sender(msg)
         command = parse(msg['Text'])
-        if wechat_name is None or command is None:
+        wechat_name = sender(msg)
+        if command is None or wechat_name is None:
             return
-        log('收到：%s' % msg['Text'].strip())
+        name = display_name(msg['User'])
+        gpu = gpu_state() if command == 'status' else ''  # it may take a moment, which the lock must not
         with lock:  # the answer is queued before the lock is let go: no report of the run overtakes it
-            chat_send(obey(command, nn_train, wechat_name), wechat_name)
+            log('%s：%s' % (name, msg['Text'].strip()))
+            if permit(wechat_name, name):
+                chat_send(obey(command, nn_train, wechat_name, gpu), wechat_name)
 
 
 def sender(msg):
@@ -354,31 +551,109 @@ def sender(msg):
     return user_name if user_name == msg['FromUserName'] and msg['User'].get('NickName') else None
 
 
-def obey(command, nn_train, wechat_name):
+def display_name(user):
+    """Return what WeChat shows for a contact: the remark name if the owner gave one, or the nickname."""
+    return user.get('RemarkName') or user.get('NickName') or '机主'
+
+
+def permit(wechat_name, name):
+    """Return whether the writer may command; one who may not is told so, once. Needs the lock."""
+    if not supervisors and wechat_name != 'filehelper':
+        supervisors.append(name)
+        commanders[wechat_name] = name
+        chat_send('程序结束前，只有你（和机主）能下命令。', wechat_name)
+    if wechat_name == 'filehelper' or wechat_name in commanders:
+        return True
+    log('%s 不能下命令' % name)
+    if name not in refused:
+        refused.add(name)
+        chat_send('抱歉，这里的训练由别人监督，你的命令没有执行。', wechat_name)
+    return False
+
+
+def find_supervisors():
+    """After a login: find those who may command among the friends, whose UserNames are new; say who is missing.
+
+    Within a login it is the UserName that counts: a nickname can be changed by its bearer.
+    """
+    with lock:
+        commanders.clear()
+        for name in supervisors:
+            friends = [friend['UserName'] for friend in chat.search_friends(name=name)]
+            if len(friends) == 1:
+                commanders[friends[0]] = name
+            else:
+                say('监督人“%s”：%s' % (name, '有 %d 个好友叫这个名字，请用备注名区分' % len(friends) if friends else
+                                    '好友里没有这个人'))
+
+
+def obey(command, nn_train, wechat_name, gpu):
     """Carry out a command that parse() found and return the answer. Needs the lock."""
     if command == 'start':
         return start(nn_train, wechat_name)
+    if command == 'resume':
+        return resume(nn_train, wechat_name)
     if command == 'stop':
         return stop()
+    if command == 'status':
+        return status(gpu)
+    if command == 'plot':
+        return curve() if run.losses or run.history else '还没有可画的：训练开始后再发“曲线”。'
     if command == 'params':
         return values_now()
+    if command == 'cancel':
+        return '好，不执行了。' if cancel_then() else '没有要取消的。'
     if command == 'help':
         return HELP
     return set_values(command)
 
 
 def start(nn_train, wechat_name):
-    """Start the training thread if none is alive; return the answer. Needs the lock."""
-    global running, run
+    """Start the training thread from the beginning; return the answer. Needs the lock."""
+    global run
+    if busy():
+        return busy()
+    run = new_run(wechat_name)
+    return data_note() + '开始训练%s\n%s' % (start_thread(nn_train), start_note())
+
+
+def resume(nn_train, wechat_name):
+    """Start the training thread from the last checkpoint; return the answer. Needs the lock."""
+    global run, seed
+    if busy():
+        return busy()
+    path, state = last_checkpoint()
+    if path is None:
+        return '没有可以继续的训练，发“开始”从头训练。'
+    for name, value in zip(('learning_rate', 'training_iters', 'batch_size'), state['params']):
+        if name not in chosen or name == 'batch_size':  # another batch size would not fit the epoch begun
+            globals()[name] = value
+    done = len(state['history'])
+    if done >= training_iters:
+        return '上次的 %d 轮都训练完了。要再训练，先发 ti %d，再发“继续”。' % (done, done + 3)
+    seed = state['seed']
+    run = new_run(wechat_name)
+    run.folder, run.checkpoint, run.resumed = os.path.dirname(path), path, state
+    run.history, run.losses = [tuple(row) for row in state['history']], state['losses']
+    run.batch, run.batches, run.seconds_before = state['batch'], state['batches'], state['seconds']
+    run.done_before = epochs_done()
+    return data_note() + '继续训练%s\n%s\n%s' % (start_thread(nn_train), how_far(), start_note())
+
+
+def busy():
+    """Return what to answer when a run is still going on, else ''. Needs the lock."""
     if running:
         return '已经在训练了：%s。\n发“停止”可以停下。' % how_far()
-    if run.thread is not None:
-        return '上一次训练正在收尾，收到它的结束报告后再发“开始”。'
-    run = new_run(wechat_name)
+    return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.thread is not None else ''
+
+
+def start_thread(nn_train):
+    """Start the training thread of `run`; return what to add to the answer. Needs the lock."""
+    global running
     run.thread = threading.Thread(target=train, args=(nn_train, run), name='training')
     running = True
     run.thread.start()
-    return data_note() + '开始训练\n设备 %s\n%s' % (device(), values_now())
+    return '（“%s”已取消）' % then_command if cancel_then() else ''
 
 
 def train(nn_train, this_run):
@@ -409,6 +684,7 @@ def set_values(pairs):
     for name, text in pairs:
         try:
             globals()[name] = read_value(name, text)
+            chosen.add(name)
             if running:
                 answer.append('%s：%s' % (SHORT[name], since_when(name)))
         except ValueError as error:
@@ -423,11 +699,54 @@ def since_when(name):
     return '从下一批起生效' if name == 'learning_rate' else '这次训练到第 %d 轮为止' % run_length()
 
 
+then_delay = 60  # seconds in which 取消 can be said
+
+
+def prepare_then(wechat_name):
+    """Say that the command of --then will run, and let it. Needs the lock."""
+    global then_timer
+    report('%d 秒后执行：%s\n不要执行就发“取消”。' % (then_delay, then_command), wechat_name)
+    then_timer = threading.Timer(then_delay, run_then, [wechat_name])
+    then_timer.start()
+
+
+def run_then(wechat_name):
+    """Run the command of --then, unless it was called off at the last moment."""
+    global then_timer
+    with lock:
+        if then_timer is not threading.current_thread():
+            return
+        then_timer = None
+    outbox.join()
+    status = subprocess.run(then_command, shell=True).returncode
+    with lock:
+        report('已执行：%s\n退出状态 %d' % (then_command, status), wechat_name)
+
+
+def cancel_then():
+    """Call the command of --then off; return whether one was to run. Needs the lock."""
+    global then_timer
+    timer, then_timer = then_timer, None
+    if timer is not None:
+        timer.cancel()
+    return timer is not None
+
+
 # ------------------------------------------------------------------------------ what the answers say
 
 def values_now():
     """Return the three values as they stand. Needs the lock."""
     return '学习率 lr = %g\n轮数 ti = %d\n批量 bs = %d' % (learning_rate, training_iters, batch_size)
+
+
+def start_note():
+    """Return what a run is started with. Needs the lock."""
+    return '设备 %s\n%s' % (device(), values_now())
+
+
+def data_name():
+    """Return what the data are, for checkpoints."""
+    return DEMO if data_dir == DEMO else os.path.abspath(data_dir) if data_dir else 'Fashion-MNIST'
 
 
 def data_note():
@@ -441,9 +760,59 @@ def device():
     return 'GPU %d' % ctx.device_id if ctx.device_type == 'gpu' else 'CPU'
 
 
+def gpu_state():
+    """Return the use and the memory of the GPU that trains, as nvidia-smi tells them; '' without one."""
+    if try_gpu().device_type != 'gpu':
+        return ''
+    query = 'nvidia-smi --id=0 --query-gpu=utilization.gpu,memory.used,memory.total --format=csv,noheader,nounits'
+    try:
+        values = subprocess.run(query.split(), capture_output=True, text=True, timeout=0.8, check=True).stdout
+        return '，使用率 %s%%，显存 %s/%s MB' % tuple(values.strip().split(', '))
+    except (OSError, subprocess.SubprocessError, TypeError):
+        return ''
+
+
+def status(gpu):
+    """Return where things stand. Needs the lock."""
+    lines = ['训练中' if running else '空闲' if run.thread is None else '正在停止']
+    if run.history or run.batch or run.thread is not None:
+        lines[0] += '：' + how_far() + ('' if run.thread is not None else '（上次）')
+    elif last_checkpoint()[0]:
+        lines.append('有上次的检查点，发“继续”可以接着训练')
+    if run.losses:
+        lines.append('最近一批损失 %.4g' % run.losses[-1][1])
+    if run.history:
+        lines.append('第 %d 轮：损失 %.4g\n精度：训练 %.3f，测试 %.3f' % run.history[-1][:4])
+        lines.append(best_line())
+    if run.thread is not None:
+        batches, seconds = run.batch - run.epoch_from, time.monotonic() - run.epoch_began
+        if batches > 0:
+            lines.append('速度 %.0f 张/秒' % (batches * run.params[2] / seconds))
+        lines.append('已用 ' + duration(elapsed()) + time_left())
+    return data_note() + '\n'.join(lines + [values_now(), '设备 %s%s' % (device(), gpu), '主机 ' + socket.gethostname()])
+
+
 def run_length():
     """Return the number of epochs that the run is to train. Needs the lock."""
     return max(training_iters if run.live else run.params[1], len(run.history) + (run.batch > 0))
+
+
+def epochs_done():
+    """Return how many epochs the run has done; 2.5 is amid the third. Needs the lock."""
+    return len(run.history) + (run.batch / run.batches if run.batch else 0)
+
+
+def elapsed():
+    """Return for how many seconds the run has trained. Needs the lock."""
+    return run.seconds_before + time.monotonic() - run.began
+
+
+def time_left():
+    """Return how long the run will take from here, in words; '' when nobody knows. Needs the lock."""
+    done, length = epochs_done(), run_length()
+    if not run.done_before < done < length:
+        return ''
+    return '，还需约 ' + duration((elapsed() - run.seconds_before) / (done - run.done_before) * (length - done))
 
 
 def how_far():
@@ -452,16 +821,75 @@ def how_far():
     return text + ('，第 %d 轮到第 %d/%d 批' % (len(run.history) + 1, run.batch, run.batches) if run.batch else '')
 
 
+def best_line():
+    """Return the best test accuracy of the run. Needs the lock."""
+    best = best_row(run.history)
+    return '最好的测试精度 %.3f（第 %d 轮）' % (best[3], best[0])
+
+
+def best_row(history):
+    """Return the row of the epoch with the best test accuracy, the first of them; None without epochs."""
+    return max(history, key=lambda row: row[3], default=None)
+
+
 def closing_report():
     """Return how the run ended. Needs the lock."""
-    lines = ['训练完成' if running else '训练已停止', how_far()]
-    if run.error is not None:
-        message = str(run.error).strip().split('\n')[0]
-        lines = ['训练出错，已结束', '%s: %s' % (type(run.error).__name__, message[:200]), how_far()]
+    error, lines = run.error, ['训练完成' if running else '训练已停止', how_far()]
+    if isinstance(error, FloatingPointError):
+        batch = '第 %d 轮第 %d/%d 批' % (len(run.history) + 1, run.batch + 1, run.batches) if run.batches else how_far()
+        lines = ['训练停下了：%s' % error, '%s，lr = %g' % (batch, learning_rate)]
+        lines += ['可以试试 lr %g，再发“%s”' % (learning_rate / 10, '继续' if run.checkpoint else '开始')]
+    elif error is not None:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        lines = ['训练出错，已结束（主机 %s）' % socket.gethostname(),
+                 '%s: %s' % (type(error).__name__, first_line(error)),
+                 '%s 第 %d 行：%s' % (os.path.basename(place.filename), place.lineno, place.line), how_far()]
     if run.history:
-        best = max(run.history, key=lambda row: row[3])
-        lines.append('最好的测试精度 %.3f（第 %d 轮）' % (best[3], best[0]))
-    return data_note() + '\n'.join(lines + ['用时 ' + duration(time.monotonic() - run.began)])
+        lines.append(best_line())
+    if run.checkpoint and (error is not None or not running):
+        lines.append('检查点在 %s，发“继续”接着训练' % run.checkpoint)
+    return data_note() + '\n'.join(lines + ['用时 ' + duration(elapsed())])
+
+
+def first_line(error):
+    """Return the first line of what an exception says, for a phone."""
+    return (str(error).strip().split('\n')[0] or '没有说明')[:200]
+
+
+def curve():
+    """Return a function that draws the curves so far and returns '@img@' + the path of the picture.
+
+    The postman calls it: drawing takes a second. Needs the lock.
+    """
+    draw = functools.partial(draw_curve, run.history[:], run.losses[:])
+    return lambda this_run=run: '@img@' + write_whole('curve.png', draw, this_run)
+
+
+def draw_curve(history, losses, path):
+    """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone."""
+    from matplotlib.figure import Figure  # takes half a second, so not before it is needed
+    from matplotlib.ticker import MaxNLocator
+    figure = Figure(figsize=(5, 6.5), dpi=160, layout='constrained')
+    figure.suptitle('drawn images, not Fashion-MNIST' if data_dir == DEMO else 'test acc %.3f after %d epochs' % (
+        history[-1][3], len(history)) if history else 'first epoch')
+    above, below = figure.subplots(2, sharex=True)
+    if losses:
+        above.plot(*zip(*losses), color='tab:blue', alpha=0.4, linewidth=0.8, label='loss of each batch')
+    if history:
+        epochs, loss, train_acc, test_acc = list(zip(*history))[:4]
+        above.plot(epochs, loss, 'o-', color='tab:blue', label='train loss')
+        below.plot(epochs, train_acc, 'o-', color='tab:orange', label='train acc')
+        below.plot(epochs, test_acc, 's--', color='tab:green', label='test acc')
+        below.legend(fontsize=12)
+    above.legend(fontsize=12)
+    # A few wild batches must not press the rest to the ground.
+    finite = [loss for _, loss in losses if math.isfinite(loss)] + [row[1] for row in history]
+    above.set(ylabel='loss', ylim=(0, 1.2 * np.percentile(finite, 98) if finite else 1))
+    below.set(ylabel='accuracy', ylim=(0, 1), xlabel='epoch', xlim=(0, None))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format='png')
 
 
 def duration(seconds):
@@ -486,8 +914,15 @@ outbox = queue.Queue()  # (text, wechat_name) to be sent, in order
 
 
 def chat_send(text, wechat_name):
-    """Hand `text` to the postman; returns at once."""
-    outbox.put((text, wechat_name))
+    """Hand `text`, or a function that returns it, to the postman; returns at once. '' is not sent."""
+    if text:
+        outbox.put((text, wechat_name))
+
+
+def report(text, wechat_name):
+    """Send `text` to the one who started the run and to every supervisor. Needs the lock."""
+    for name in {wechat_name: '', **commanders}:
+        chat_send(text, name)
 
 
 def deliver():
@@ -495,6 +930,7 @@ def deliver():
     while True:
         text, wechat_name = outbox.get()
         try:
+            text = text() if callable(text) else text
             log('已发送：%s' % text if chat.send(text, wechat_name) else '没有发出去：%s' % text)
         except requests.RequestException as error:
             log('没有发出去（%s）：%s' % (error, text))
@@ -518,12 +954,14 @@ def log(text):
 
 def chat_end():
     """Wait until the run has ended and every word is sent; return the exit status: 1 after a crash."""
-    with lock:
-        this_run, thread = run, run.thread
-    if thread is not None:
-        thread.join()
+    for wait_for in (lambda: run.thread, lambda: then_timer):  # the second one is there after the first
+        with lock:
+            thread = wait_for()
+        if thread is not None:
+            thread.join()
     outbox.join()
-    return int(this_run.error is not None)
+    with lock:
+        return int(run.error is not None)
 
 
 class Console:
@@ -546,7 +984,7 @@ class Console:
             outbox.join()  # the answer stands under its command
 
     def send(self, text, wechat_name):
-        tqdm.write(text + '\n')
+        tqdm.write(text.replace('@img@', '图片：') + '\n')
         return True
 
 # --------------------------------------------------------------------------------- WeChat's own login
@@ -589,6 +1027,7 @@ def show_qr(uuid, status, qrcode):
 
 def show_login():
     """Say who has logged in; without it itchat would clear the terminal."""
-    if os.path.exists(QR_FILE):
+    with contextlib.suppress(FileNotFoundError):
         os.remove(QR_FILE)
+    find_supervisors()
     say('已登录：%s。请让好友发“帮助”给它，或自己发给“文件传输助手”。' % itchat.search_friends()['NickName'])

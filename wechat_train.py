@@ -8,7 +8,7 @@ if not (3, 9) <= sys.version_info[:2] <= (3, 12):
 
 import utils
 from utils import itchat
-from mxnet import autograd, gluon, nd
+from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 
@@ -29,11 +29,10 @@ def nn_train(wechat_name, params):
     ctx = utils.try_gpu()
     net.initialize(ctx=ctx)
     trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})
-    epoch = 1
+    epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)  # 1, 0, 0 unless this is 继续
     while utils.lock_start() and epoch <= training_iters:
-        train_loss = 0
-        train_acc = 0
-        for data, label in utils.progress(train_data):  # a bar on the terminal; ends at 停止
+        for data, label in utils.progress(train_data, epoch):  # a bar on the terminal; ends at 停止
+            trainer.set_learning_rate(utils.params()[0])       # `lr 0.05` counts from the next batch on
             label = label.as_in_context(ctx)
             with autograd.record():
                 output = net(data.as_in_context(ctx))
@@ -41,14 +40,13 @@ def nn_train(wechat_name, params):
             loss.backward()
             trainer.step(data.shape[0])
             train_acc += utils.accuracy(output, label)
-            train_loss += nd.mean(loss).asscalar()
-            learning_rate, training_iters, _ = utils.params()  # as they stand in the chat now
-            trainer.set_learning_rate(learning_rate)
-        if not utils.lock_start():
-            break
-        test_acc = utils.evaluate_accuracy(test_data, net, ctx)
-        utils.chat_inf(wechat_name, epoch, train_loss, train_acc, train_data, test_acc)
-        epoch += 1
+            train_loss += utils.batch_loss(loss)
+        if utils.lock_start():  # not in the middle of the epoch
+            test_acc = utils.evaluate_accuracy(test_data, net, ctx)
+            utils.chat_inf(wechat_name, epoch, train_loss, train_acc, train_data, test_acc)
+            epoch, train_loss, train_acc = epoch + 1, 0, 0
+        utils.save_checkpoint(net, trainer, epoch, train_loss, train_acc)
+        training_iters = utils.params()[1]                     # `ti 8` moves the end
     utils.lock_end(wechat_name)
 
 
@@ -60,6 +58,9 @@ def parse_args():
     parser.add_argument('--data', metavar='DIR', help='Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）')
     parser.add_argument('--demo', action='store_true', help='--console，并用程序自己画的小图：不需要微信，也不需要网络')
     parser.add_argument('--seed', type=int, default=0, help='随机种子：种子相同，训练的结果就相同（默认 0）')
+    parser.add_argument('--supervisor', metavar='NAME', action='append', default=[],
+                        help='谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以')
+    parser.add_argument('--then', metavar='CMD', help='训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown')
     args = parser.parse_args()
     if args.data:
         try:
@@ -71,7 +72,7 @@ def parse_args():
 
 if __name__ == '__main__':
     args = parse_args()
-    utils.seed = args.seed
+    utils.seed, utils.supervisors, utils.then_command = args.seed, args.supervisor, args.then
     utils.data_dir = utils.DEMO if args.demo else args.data
     if args.console or args.demo:
         itchat = utils.chat = utils.Console()
