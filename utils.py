@@ -4,6 +4,8 @@ Read from top to bottom, in the order in which things happen: the data -> the de
 what a training loop calls -> its checkpoints -> what a person in the chat can say -> what is done
 about it -> what the answers say -> how words travel -> WeChat's login.
 """
+import collections
+import concurrent.futures
 import contextlib
 import csv
 import functools
@@ -12,11 +14,15 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import math
 import os
-import queue
+import pickle
 import re
+import shutil
+import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -41,6 +47,7 @@ from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on the terminal
     import itchat
+    import itchat.components.register
     import itchat.content
 
 # ------------------------------------------------------------------------------------------ the data
@@ -216,7 +223,8 @@ learning_rate = 0.5
 training_iters = 2  # epochs
 chosen = set()      # which of the three a person has set: 继续 takes the others from the checkpoint
 supervisors = []    # remark names or nicknames of those who may command; empty: the first who does
-commanders = {}     # UserName -> name of those of them who are found among the friends of this login
+commanders = set()  # the names of those of them who are found among the friends of this login
+addresses = {}      # name -> UserName, of this login
 refused = set()     # names of those who were told that they may not command
 then_command = None  # a shell command for when a run has ended by itself
 then_timer = None   # what will run it
@@ -226,8 +234,8 @@ def new_run(wechat_name=None):
     """Return what is known of a training run before its first batch."""
     now = time.monotonic()
     return types.SimpleNamespace(
-        thread=None,              # the thread that trains; None: nothing trains
-        wechat_name=wechat_name,  # who started it
+        busy=False,               # is nn_train at work? It still is for a moment after 停止
+        wechat_name=wechat_name,  # who started it: see sender()
         params=(learning_rate, training_iters, batch_size),
         live=False,               # does nn_train read params() in its loop, so that changes count at once?
         folder=None,              # its checkpoints and its log; made when there is something to keep
@@ -238,10 +246,12 @@ def new_run(wechat_name=None):
         batch=0, batches=0,       # done and in all in this epoch; 0 when nn_train does not use progress()
         began=now, epoch_began=now, epoch_from=0,  # epoch_from: the batch at which the clock was started
         seconds_before=0, done_before=0,           # what a resumed run had behind it
-        error=None)               # what nn_train raised
+        error=None,               # what nn_train raised
+        unwritten=set())          # what could not be written, and the person was told so
 
 
 run = new_run()  # the run that is going on, or the last one
+training = None  # the Future of its nn_train
 
 # ------------------------------------------------------------------------- what a training loop calls
 
@@ -257,7 +267,7 @@ def lock_start():
 def params():
     """Return learning_rate, training_iters, batch_size as they stand in the chat now."""
     with lock:
-        run.live = run.live or run.thread is threading.current_thread()
+        run.live = True
         return learning_rate, training_iters, batch_size
 
 
@@ -331,7 +341,7 @@ def lock_end(wechat_name):
             report(curve(), wechat_name)
         if running and run.error is None and then_command:
             prepare_then(wechat_name)
-        run.thread, running = None, False
+        run.busy, running = False, False
 
 
 # ------------------------------------------------------------------------------------ the checkpoints
@@ -456,12 +466,17 @@ def run_folder(this_run):
 
 
 def keep(what, write):
-    """Return write(), or tell that the disk would not have it and return None."""
+    """Return write(), or tell, once until it works again, that the disk would not have it, and return None."""
     try:
-        return write()
+        path = write()
+        with lock:
+            run.unwritten.discard(what)
+        return path
     except (OSError, mx.MXNetError) as error:  # MXNet has its own word for a full disk
         with lock:
-            report('%s没有写成：%s\n训练继续；以前的还在。' % (what, first_line(error)), run.wechat_name)
+            if what not in run.unwritten:
+                report('%s没有写成：%s\n训练继续，以前写的还在。' % (what, first_line(error)), run.wechat_name)
+            run.unwritten.add(what)
 
 
 # ------------------------------------------------------------------ what a person in the chat can say
@@ -531,19 +546,25 @@ def chat_supervisor(nn_train):
     @chat.msg_register(itchat.content.TEXT)
     def chat_trigger(msg):
         command = parse(msg['Text'])
-        wechat_name = sender(msg)
-        if command is None or wechat_name is None:
+        user_name = sender(msg)
+        if command is None or user_name is None or is_repeated(msg):
             return
-        name = display_name(msg['User'])
         gpu = gpu_state() if command == 'status' else ''  # it may take a moment, which the lock must not
         with lock:  # the answer is queued before the lock is let go: no report of the run overtakes it
-            log('%s：%s' % (name, msg['Text'].strip()))
-            if permit(wechat_name, name):
-                chat_send(obey(command, nn_train, wechat_name, gpu), wechat_name)
+            wechat_name = name_of(msg['User'], user_name)
+            log('%s：%s' % (wechat_name, msg['Text'].strip()))
+            try:
+                if permit(wechat_name):
+                    chat_send(obey(command, nn_train, wechat_name, gpu), wechat_name)
+            except Exception as error:  # itchat would swallow it, and the person wait for an answer
+                traceback.print_exc()
+                chat_send('程序出错：%s: %s' % (type(error).__name__, first_line(error)), wechat_name)
+        if online and chat is itchat:
+            dump_session()  # it says which messages have been read
 
 
 def sender(msg):
-    """Return whom to answer, the friend's UserName or 'filehelper'; None for anybody else's message."""
+    """Return the UserName of the friend who wrote, or 'filehelper'; None for anybody else's message."""
     user_name = msg['User'].get('UserName')
     if user_name == 'filehelper':  # the owner's note to oneself: its FromUserName is the owner's own
         return user_name
@@ -551,37 +572,53 @@ def sender(msg):
     return user_name if user_name == msg['FromUserName'] and msg['User'].get('NickName') else None
 
 
-def display_name(user):
-    """Return what WeChat shows for a contact: the remark name if the owner gave one, or the nickname."""
-    return user.get('RemarkName') or user.get('NickName') or '机主'
+seen = collections.deque(maxlen=1000)  # MsgIds of commands: after a login the server may send them again
 
 
-def permit(wechat_name, name):
+def is_repeated(msg):
+    """Return whether this very message has come before."""
+    repeated = msg.get('MsgId') in seen
+    if 'MsgId' in msg:
+        seen.append(msg['MsgId'])
+    return repeated
+
+
+def name_of(user, user_name):
+    """Return the name by which a writer is known in all logins: what WeChat shows. Needs the lock.
+
+    'filehelper' is the owner. A second friend of the same name has only the UserName of this login.
+    """
+    name = user.get('RemarkName') or user.get('NickName') or user_name
+    return name if addresses.setdefault(name, user_name) == user_name else user_name
+
+
+def permit(wechat_name):
     """Return whether the writer may command; one who may not is told so, once. Needs the lock."""
     if not supervisors and wechat_name != 'filehelper':
-        supervisors.append(name)
-        commanders[wechat_name] = name
+        supervisors.append(wechat_name)
+        commanders.add(wechat_name)
         chat_send('程序结束前，只有你（和机主）能下命令。', wechat_name)
     if wechat_name == 'filehelper' or wechat_name in commanders:
         return True
-    log('%s 不能下命令' % name)
-    if name not in refused:
-        refused.add(name)
+    log('%s 不能下命令' % wechat_name)
+    if wechat_name not in refused:
+        refused.add(wechat_name)
         chat_send('抱歉，这里的训练由别人监督，你的命令没有执行。', wechat_name)
     return False
 
 
 def find_supervisors():
-    """After a login: find those who may command among the friends, whose UserNames are new; say who is missing.
+    """After a login: find those who may command among the friends, whose UserNames are new.
 
     Within a login it is the UserName that counts: a nickname can be changed by its bearer.
     """
     with lock:
         commanders.clear()
+        addresses.clear()
         for name in supervisors:
-            friends = [friend['UserName'] for friend in chat.search_friends(name=name)]
+            friends = chat.search_friends(name=name)
             if len(friends) == 1:
-                commanders[friends[0]] = name
+                commanders.add(name_of(friends[0], friends[0]['UserName']))
             else:
                 say('监督人“%s”：%s' % (name, '有 %d 个好友叫这个名字，请用备注名区分' % len(friends) if friends else
                                     '好友里没有这个人'))
@@ -644,16 +681,19 @@ def busy():
     """Return what to answer when a run is still going on, else ''. Needs the lock."""
     if running:
         return '已经在训练了：%s。\n发“停止”可以停下。' % how_far()
-    return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.thread is not None else ''
+    return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.busy else ''
 
 
 def start_thread(nn_train):
-    """Start the training thread of `run`; return what to add to the answer. Needs the lock."""
-    global running
-    run.thread = threading.Thread(target=train, args=(nn_train, run), name='training')
-    running = True
-    run.thread.start()
+    """Let the training thread begin with `run`; return what to add to the answer. Needs the lock."""
+    global running, training
+    running = run.busy = True
+    training = trainer_thread.submit(train, nn_train, run)
     return '（“%s”已取消）' % then_command if cancel_then() else ''
+
+
+# One thread for all runs: MXNet keeps some 5 MB for every thread that ever trained.
+trainer_thread = concurrent.futures.ThreadPoolExecutor(1, 'training')
 
 
 def train(nn_train, this_run):
@@ -665,7 +705,7 @@ def train(nn_train, this_run):
         traceback.print_exc()
         this_run.error = error
     finally:
-        if this_run.thread is not None:  # nn_train has not called lock_end
+        if this_run.busy:  # nn_train has not called lock_end
             lock_end(this_run.wechat_name)
 
 
@@ -675,7 +715,7 @@ def stop():
     if running:
         running = False
         return '好，这一批算完就停。'
-    return '现在没有训练，发“开始”就开始。' if run.thread is None else '已经在停了，请等结束报告。'
+    return '现在没有训练，发“开始”就开始。' if not run.busy else '已经在停了，请等结束报告。'
 
 
 def set_values(pairs):
@@ -717,7 +757,7 @@ def run_then(wechat_name):
         if then_timer is not threading.current_thread():
             return
         then_timer = None
-    outbox.join()
+    wait_for_mail(30)
     status = subprocess.run(then_command, shell=True).returncode
     with lock:
         report('已执行：%s\n退出状态 %d' % (then_command, status), wechat_name)
@@ -774,9 +814,9 @@ def gpu_state():
 
 def status(gpu):
     """Return where things stand. Needs the lock."""
-    lines = ['训练中' if running else '空闲' if run.thread is None else '正在停止']
-    if run.history or run.batch or run.thread is not None:
-        lines[0] += '：' + how_far() + ('' if run.thread is not None else '（上次）')
+    lines = ['训练中' if running else '正在停止' if run.busy else '空闲']
+    if run.history or run.batch or run.busy:
+        lines[0] += '：' + how_far() + ('' if run.busy else '（上次）')
     elif last_checkpoint()[0]:
         lines.append('有上次的检查点，发“继续”可以接着训练')
     if run.losses:
@@ -784,7 +824,7 @@ def status(gpu):
     if run.history:
         lines.append('第 %d 轮：损失 %.4g\n精度：训练 %.3f，测试 %.3f' % run.history[-1][:4])
         lines.append(best_line())
-    if run.thread is not None:
+    if run.busy:
         batches, seconds = run.batch - run.epoch_from, time.monotonic() - run.epoch_began
         if batches > 0:
             lines.append('速度 %.0f 张/秒' % (batches * run.params[2] / seconds))
@@ -853,7 +893,8 @@ def closing_report():
 
 def first_line(error):
     """Return the first line of what an exception says, for a phone."""
-    return (str(error).strip().split('\n')[0] or '没有说明')[:200]
+    lines = str(error).strip().split('\n')
+    return (lines[-1 if lines[0].startswith('Traceback') else 0] or '没有说明')[:200]  # MXNet puts its own first
 
 
 def curve():
@@ -909,36 +950,121 @@ def duration(seconds):
 
 # ---------------------------------------------------------------------------------- how words travel
 
-chat = itchat           # what carries the words; utils.chat = Console() puts the terminal in its place
-outbox = queue.Queue()  # (text, wechat_name) to be sent, in order
+chat = itchat    # what carries the words; utils.chat = Console() puts the terminal in its place
+
+# `mail` guards these two, and is told of every change.
+mail = threading.Condition()
+outbox = collections.deque()  # [wechat_name, text] to be sent, in order
+online = False   # is there a session to send in?
 
 
 def chat_send(text, wechat_name):
-    """Hand `text`, or a function that returns it, to the postman; returns at once. '' is not sent."""
-    if text:
-        outbox.put((text, wechat_name))
+    """Hand `text`, or a function that returns it, to the postman; returns at once."""
+    with mail:
+        outbox.append([wechat_name, text])
+        mail.notify_all()
 
 
 def report(text, wechat_name):
     """Send `text` to the one who started the run and to every supervisor. Needs the lock."""
-    for name in {wechat_name: '', **commanders}:
+    for name in {wechat_name, *commanders}:
         chat_send(text, name)
 
 
+def set_online(value):
+    """Tell the postman that a session has begun or ended."""
+    global online
+    with mail:
+        online = value
+        mail.notify_all()
+
+
 def deliver():
-    """Send what is in the outbox, in order, for ever: the postman's work."""
+    """Send what is in the outbox, in order, for ever: the postman's work.
+
+    What is refused is tried again after growing pauses, what waits for a session is sent in the next
+    one, and what has had to wait is merged.
+    """
+    tries, late = 0, False
     while True:
-        text, wechat_name = outbox.get()
-        try:
-            text = text() if callable(text) else text
-            log('已发送：%s' % text if chat.send(text, wechat_name) else '没有发出去：%s' % text)
-        except requests.RequestException as error:
-            log('没有发出去（%s）：%s' % (error, text))
-        finally:
-            outbox.task_done()
+        with mail:
+            late = late or bool(outbox and not online)
+            mail.wait_for(lambda: outbox and online)
+            if late:
+                merge_waiting()
+            wechat_name, text = letter = outbox[0]
+        if callable(text):
+            try:
+                text = letter[1] = text()
+            except (OSError, mx.MXNetError) as error:
+                text = letter[1] = '图没有画成：' + first_line(error)
+        problem, final = send_now(wechat_name, text)
+        with mail:
+            if problem and not (final and tries >= 5):
+                tries, late = tries + 1, True
+                log('还没有发出去（%s），会再试。' % problem)
+                mail.wait_for(lambda: not online, timeout=min(2 ** (tries - 1), 60))
+                continue
+            outbox.popleft()
+            mail.notify_all()
+            tries, late = 0, late and bool(outbox)
+        if problem:
+            write_undelivered([(wechat_name, text)], problem)
+        else:
+            log('已发送给 %s：%s' % (wechat_name, text))
 
 
 postman = threading.Thread(target=deliver, name='postman', daemon=True)
+
+
+def merge_waiting():
+    """Merge the texts for one person at the head of the outbox, up to what WeChat takes. Needs `mail`."""
+    first = outbox[0]
+    while len(outbox) > 1 and outbox[1][0] == first[0] and all(
+            isinstance(text, str) and not text.startswith('@img@') for text in (first[1], outbox[1][1])) and (
+            len(first[1]) + len(outbox[1][1]) < 1800):
+        first[1] += '\n\n' + outbox[1][1]
+        del outbox[1]
+
+
+def send_now(wechat_name, text):
+    """Send once; return why it did not go ('' when it did) and whether that is the message's own fault."""
+    try:
+        to = address(wechat_name)
+        if to is None:
+            return '好友里找不到“%s”' % wechat_name, True
+        answer = chat.send(text, to)
+        code = 0 if answer else answer['BaseResponse'].get('Ret')
+        # 1205: too frequent; 1100 to 1102: logged out; -1000, -1004: the server's own trouble
+        return '' if code == 0 else 'Ret %s' % code, code not in (1205, 1100, 1101, 1102, -1000, -1004)
+    except requests.RequestException as error:
+        return type(error).__name__, False
+    except (LookupError, ValueError, OSError) as error:  # itchat with half a session; a file that is gone
+        return repr(error), True
+
+
+def address(wechat_name):
+    """Return the UserName that reaches `wechat_name` in this login, or None."""
+    if wechat_name == 'filehelper':
+        return wechat_name
+    if wechat_name.startswith('@'):
+        return wechat_name if chat.search_friends(userName=wechat_name) else None
+    with lock:
+        if wechat_name not in addresses:
+            friends = chat.search_friends(name=wechat_name)
+            if len(friends) == 1:
+                addresses[wechat_name] = friends[0]['UserName']
+        return addresses.get(wechat_name)
+
+
+def write_undelivered(letters, why):
+    """Put what could not be delivered into the run's log."""
+    for wechat_name, text in letters:
+        if not callable(text):
+            say('没有发给 %s（%s）：%s' % (wechat_name, why, text))
+            with contextlib.suppress(OSError), open(os.path.join(run_folder(run), 'undelivered.txt'), 'a',
+                                                    encoding='utf-8') as f:
+                f.write('%s %s（%s）\n%s\n\n' % (time.strftime('%F %T'), wechat_name, why, text))
 
 
 def say(text):
@@ -952,18 +1078,6 @@ def log(text):
         say(text)
 
 
-def chat_end():
-    """Wait until the run has ended and every word is sent; return the exit status: 1 after a crash."""
-    for wait_for in (lambda: run.thread, lambda: then_timer):  # the second one is there after the first
-        with lock:
-            thread = wait_for()
-        if thread is not None:
-            thread.join()
-    outbox.join()
-    with lock:
-        return int(run.error is not None)
-
-
 class Console:
     """The terminal in WeChat's place: a line typed is the owner's message, an answer is printed."""
 
@@ -974,6 +1088,7 @@ class Console:
         return register
 
     def auto_login(self, **options):
+        set_online(True)
         say('在这里输入命令，“帮助”列出全部命令，Ctrl-D 结束。')
 
     def run(self):
@@ -981,15 +1096,25 @@ class Console:
             if not sys.stdin.isatty():
                 tqdm.write('> ' + line.rstrip())
             self.handler({'Text': line, 'FromUserName': 'filehelper', 'User': {'UserName': 'filehelper'}})
-            outbox.join()  # the answer stands under its command
+            wait_for_mail()  # the answer stands under its command
+        if training is not None:
+            training.result()
+        if then_timer is not None:
+            then_timer.join()
 
     def send(self, text, wechat_name):
         tqdm.write(text.replace('@img@', '图片：') + '\n')
         return True
 
+
 # --------------------------------------------------------------------------------- WeChat's own login
 
-QR_FILE = 'QR.png'
+SESSION, QR_FILE = 'itchat.pkl', 'QR.png'
+UNREACHABLE = '连不上微信（login.weixin.qq.com）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+REFUSED = '微信没有让这个账号登录网页版：很多账号不开放，或者被限制了。可以换一个账号，或用 --console 在终端里控制。'
+exit_signal = None   # Ctrl-C or SIGTERM, once it has come
+logins = failures = 0          # sessions so far; failed attempts since the last of them
+session_over = threading.Event()  # has itchat's receiving thread cleaned up?
 
 
 class TimeoutAdapter(requests.adapters.HTTPAdapter):
@@ -999,10 +1124,111 @@ class TimeoutAdapter(requests.adapters.HTTPAdapter):
         return super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
 
 
-def wechat_reachable():
-    """Return whether WeChat's login page answers; make the client ready to log in."""
-    itchat.set_logging(loggingLevel='WARNING')
+class OneLine(logging.Handler):
+    """Prints the last line of what itchat logs: its tracebacks of lost connections fill a screen."""
+
+    def emit(self, record):
+        say('itchat：' + record.getMessage().strip().split('\n')[-1][:200])
+
+
+def prepare():
+    """Put right, once, what itchat leaves open; catch Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
+    sys.stdout.reconfigure(errors='replace')  # a terminal without Chinese is no reason to end
+    itchat.set_logging(showOnCmd=False, loggingLevel=logging.WARNING)
+    logging.getLogger('itchat').addHandler(OneLine())
     itchat.instance.s.mount('https://', TimeoutAdapter())
+    itchat.instance.dump_login_status = dump_session
+    itchat.components.register.test_connect = wechat_reachable  # its own has no time-out
+
+
+def leave(signum, frame):
+    """The first Ctrl-C or SIGTERM ends the program in order, the second at once."""
+    global exit_signal
+    if exit_signal is not None:
+        os._exit(128 + signum)
+    exit_signal = signum
+    if itchat.instance.alive:
+        itchat.instance.logout = lambda: None  # keeps the session for the closing report
+        itchat.instance.alive = False          # ends itchat.run()
+    else:
+        sys.exit(128 + signum)
+
+
+def chat_goes_on():
+    """Return True before every login until the person ends the program; wait longer after every failure."""
+    try:
+        if not logins and not failures:
+            prepare()
+        elif chat is itchat:
+            say('微信断开了，训练不受影响；%d 秒后重新登录。' % min(2 ** failures, 60))
+            time.sleep(min(2 ** failures, 60))
+        else:
+            return False  # the end of what was typed
+        if chat is itchat:
+            itchat.instance.alive = itchat.instance.isLogging = False
+            session_over.clear()
+            check_session()
+    except SystemExit:  # of leave()
+        pass
+    return exit_signal is None
+
+
+@contextlib.contextmanager
+def session():
+    """Around login and run(): turn what itchat raises into one line; end the program if the first login fails."""
+    global logins, failures
+    trouble = None
+    try:
+        try:
+            yield
+        except requests.RequestException:
+            trouble = UNREACHABLE
+        except SystemExit:  # of leave(), or itchat finds no network
+            trouble = None if exit_signal else UNREACHABLE
+        except (LookupError, AttributeError, TypeError, ValueError):  # itchat, reading what is no login
+            if chat is not itchat:
+                raise
+            trouble = REFUSED
+        logins += online
+        failures = failures + 1 if trouble else 0
+        if chat is itchat and online and not exit_signal:
+            session_over.wait(75)  # or the old session's end would wipe the next one's beginning
+            set_online(False)
+    except SystemExit:  # of leave()
+        pass
+    if trouble and not logins:
+        sys.exit(trouble)
+    elif trouble:
+        say(trouble)
+
+
+def chat_end():
+    """Stop the run if the person ends the program, deliver the last words, return the exit status.
+
+    0; 1 after a crash; 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    with lock:
+        if exit_signal is not None:
+            cancel_then()
+            stop()
+    if training is not None:
+        training.result()
+    wait_for_mail(None if exit_signal is None else 5)
+    with mail:
+        write_undelivered(outbox, '程序结束了')
+    return 128 + exit_signal if exit_signal is not None else int(run.error is not None)
+
+
+def wait_for_mail(timeout=None):
+    """Wait until everything is sent; give up after `timeout` seconds, or when there is no session."""
+    with mail:
+        mail.wait_for(lambda: not outbox or not online, timeout)
+
+
+def wechat_reachable(retryTime=1):
+    """Return whether WeChat's login page answers."""
     try:
         requests.get(itchat.config.BASE_URL, timeout=10)
         return True
@@ -1020,14 +1246,61 @@ def show_qr(uuid, status, qrcode):
         # White on black whatever the terminal's colours are: phones do not read an inverted code.
         row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
         print('\n'.join(row % line for line in drawing.getvalue().splitlines()))
-        say('请用微信扫码登录；终端里的码扫不了，就打开 %s' % os.path.abspath(QR_FILE))
+        say('请用微信扫码%s登录；终端里的码扫不了，就打开 %s' % ('重新' if logins else '', os.path.abspath(QR_FILE)))
     elif status == '201':
         say('已扫码，请在手机上确认。')
 
 
 def show_login():
     """Say who has logged in; without it itchat would clear the terminal."""
+    if not itchat.instance.storageClass.userName:
+        raise LookupError('no account in the answer')
     with contextlib.suppress(FileNotFoundError):
         os.remove(QR_FILE)
     find_supervisors()
+    set_online(True)
     say('已登录：%s。请让好友发“帮助”给它，或自己发给“文件传输助手”。' % itchat.search_friends()['NickName'])
+
+
+def show_logout():
+    """Note that the session is over: itchat calls it when its receiving thread ends."""
+    session_over.set()
+
+
+LOGIN = dict(qrCallback=show_qr, loginCallback=show_login, exitCallback=show_logout, statusStorageDir=SESSION)
+
+
+def dump_session(path=SESSION):
+    """Write the session (whoever has it is logged in) whole or not at all, readable by the owner alone."""
+    folder = path + '.new'
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a program that was killed
+        os.mkdir(folder, 0o700)                    # itchat's file in it is open to all until it is chmodded
+        new = os.path.join(folder, 'session')
+        type(itchat.instance).dump_login_status(itchat.instance, new)
+        os.chmod(new, 0o600)
+        os.replace(new, path)
+        os.rmdir(folder)
+    except OSError as error:
+        say('登录状态没有存下来，下次启动要重新扫码：%s' % error)
+
+
+def check_session():
+    """Set a stored session aside that is not the user's own, is open to others, or is damaged."""
+    try:
+        state = os.lstat(SESSION)
+    except FileNotFoundError:
+        return
+    trouble = ''
+    if not stat.S_ISREG(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
+        trouble = '不是只有你能读写的文件，里面可能是别人放的东西'
+    else:
+        try:
+            with open(SESSION, 'rb') as f:
+                if not {'loginInfo', 'cookies', 'storage'} <= set(pickle.load(f)):
+                    trouble = '内容不全'
+        except Exception as error:  # a damaged pickle can raise anything
+            trouble = '已损坏（%s）' % type(error).__name__
+    if trouble:
+        os.replace(SESSION, SESSION + '.bad')
+        say('%s %s；改名为 %s.bad，需要重新扫码。' % (os.path.abspath(SESSION), trouble, SESSION))

@@ -76,9 +76,9 @@ if __name__ == '__main__':
     utils.data_dir = utils.DEMO if args.demo else args.data
     if args.console or args.demo:
         itchat = utils.chat = utils.Console()
-    elif not utils.wechat_reachable():
-        sys.exit('连不上微信（login.weixin.qq.com）。没有网络可用 --console 在终端里控制，或用 --demo 试用。')
     utils.chat_supervisor(nn_train)
-    itchat.auto_login(hotReload=True, qrCallback=utils.show_qr, loginCallback=utils.show_login)
-    itchat.run()
+    while utils.chat_goes_on():  # a session may end; the program does not
+        with utils.session():
+            itchat.auto_login(hotReload=True, **utils.LOGIN)
+            itchat.run()
     sys.exit(utils.chat_end())
