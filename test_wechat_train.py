@@ -451,6 +451,7 @@ def test_download_goes_on_at_the_next_mirror_and_fetches_damaged_files_again(wec
     so_far = len(wechat.requests)
     assert len(utils.read_idx(utils.fetch_files()[1])) == 3000
     assert {r.rsplit('/')[-1] for r in wechat.requests[so_far:]} - {''} == {'train-labels-idx1-ubyte.gz'}
+    assert os.path.getsize(paths[1] + '.damaged') == 100
     wechat.faults.clear()  # the 404s of the mirrors
 
 
@@ -549,7 +550,7 @@ def test_a_session_in_wechat(wechat, images, tmp_path):
         wechat.wait(lambda: 'webpush.wx2.qq.com/cgi-bin/mmwebwx-bin/synccheck' in wechat.requests)
         output = program.output()
         assert '█▀▀' in output or '▄▄▄▄▄' in output  # the QR code
-        assert '已扫码' in output and '已登录：A' in output
+        assert '请在手机上确认' in output and '已登录：A' in output
         wechat.ready()
         assert wechat.heard()[0].startswith('程序结束前，只有你')
         assert wechat.ask('lr 0.1') == '学习率 lr = 0.1\n轮数 ti = 2\n批量 bs = 256'
@@ -602,7 +603,7 @@ def test_only_commands_of_friends_and_of_the_owner_are_answered(wechat, tmp_path
 
 
 CRASHING = """
-import itchat, utils
+import itchat, sys, utils
 
 def nn_train(wechat_name, params):
     utils.lock_start()
@@ -616,6 +617,7 @@ if __name__ == '__main__':
         with utils.session():
             itchat.auto_login(hotReload=True, **utils.LOGIN)
             itchat.run()
+    sys.exit(utils.chat_end())
 """
 
 
@@ -680,10 +682,11 @@ def test_a_long_run_from_the_phone(wechat, images, tmp_path):
     assert (state['epoch'], state['batch'], state['params']) == (int(where[2]), int(where[3]), [0.05, 30, 8])
     assert len(state['losses']) == 375 * int(where[1]) + int(where[3])
 
-    with Program(tmp_path, '--data', images, env=wechat.env()):
+    with Program(tmp_path, '--data', images, env=wechat.env()) as program:
         wechat.ready()
         since = len(wechat.heard())
-        assert '发“继续”可以接着训练' in wechat.ask('状态')
+        assert re.search('没训练完的：%s，发“继续”' % where[0], program.output())
+        assert where[0] in wechat.ask('状态')
         wechat.ask('ti %d' % (int(where[1]) + 1))
         answer = wechat.ask('继续')
         assert where[0].replace('/30', '/%d' % (int(where[1]) + 1)) in answer and 'lr = 0.05' in answer and 'bs = 8' in answer
@@ -801,6 +804,7 @@ if __name__ == '__main__':
         with utils.session():
             itchat.auto_login(hotReload=True, **utils.LOGIN)
             itchat.run()
+    sys.exit(utils.chat_end())
 """
 
 
@@ -998,13 +1002,34 @@ def test_a_signal_stops_the_run_in_order(wechat, images, tmp_path, number):
         wechat.ready()
         wechat.ask('ti 100000 bs 4')
         wechat.ask('开始')
-        wechat.ask('状态')
+        deadline = time.monotonic() + DEADLINE
+        while '最近一批损失' not in wechat.ask('状态'):
+            assert time.monotonic() < deadline
         program.process.send_signal(number)
         assert program.process.wait(DEADLINE) == 128 + number
         assert '训练已停止' in wechat.wait_text('训练已停止')
         [checkpoint] = tmp_path.glob('runs/*/last.zip')
         assert utils.read_checkpoint(str(checkpoint))['batch'] > 0
         assert 'Traceback' not in program.output()
+
+
+def test_what_could_not_be_delivered_is_in_the_log_of_the_run(wechat, tmp_path):
+    script = tmp_path / 'regression.py'
+    script.write_text(LINEAR_REGRESSION)
+    with Program(tmp_path, '3600', env=wechat.env(), script=str(script)) as program:
+        wechat.ready()
+        wechat.ask('ti 100000')
+        wechat.ask('开始')
+        wechat.wait_text('第 1/100000 轮')
+        wechat.breaking = lambda name: 1205 if name == 'webwxsendmsg' else None  # from now on, too frequent
+        program.wait_output('Ret 1205')
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(DEADLINE) == 143
+        [undelivered] = tmp_path.glob('runs/*/undelivered.txt')
+        told = [int(k) for text in (*filter(lambda t: isinstance(t, str), wechat.heard()), undelivered.read_text('utf-8'))
+                for k in re.findall(r'第 (\d+)/100000 轮', text)]
+        done = int(re.search(r'训练已停止\n完成 (\d+)/', undelivered.read_text('utf-8'))[1])
+        assert told == list(range(1, done + 1))
 
 
 NEVER_ENDING = LINEAR_REGRESSION.replace('    utils.lock_end', '    threading.Event().wait()\n    utils.lock_end').replace(

@@ -124,13 +124,17 @@ def find_files(folder):
 def fetch_files():
     """Return the paths of the four IDX files where MXNet keeps its data sets, fetched if need be.
 
-    A file that does not have the published checksum is fetched again. Raises OSError.
+    A file that does not have the published checksum is set aside and fetched again. Raises OSError.
     """
     folder = os.path.join(mx.base.data_dir(), 'datasets', 'fashion-mnist')
     download = pooch.HTTPDownloader(progressbar=True, timeout=30)
     pooch.get_logger().setLevel('WARNING')
     paths = []
     for name, md5 in FILES.items():
+        path = os.path.join(folder, name)
+        if os.path.exists(path) and pooch.file_hash(path, 'md5') != md5:
+            os.replace(path, path + '.damaged')
+            say('%s 已损坏，改名为 %s.damaged，重新下载' % (path, name))
         for mirror in MIRRORS:
             try:
                 paths.append(pooch.retrieve(mirror + name, 'md5:' + md5, name, folder, downloader=download))
@@ -817,8 +821,8 @@ def status(gpu):
     lines = ['训练中' if running else '正在停止' if run.busy else '空闲']
     if run.history or run.batch or run.busy:
         lines[0] += '：' + how_far() + ('' if run.busy else '（上次）')
-    elif last_checkpoint()[0]:
-        lines.append('有上次的检查点，发“继续”可以接着训练')
+    else:
+        lines += filter(None, [resume_offer()])
     if run.losses:
         lines.append('最近一批损失 %.4g' % run.losses[-1][1])
     if run.history:
@@ -830,6 +834,17 @@ def status(gpu):
             lines.append('速度 %.0f 张/秒' % (batches * run.params[2] / seconds))
         lines.append('已用 ' + duration(elapsed()) + time_left())
     return data_note() + '\n'.join(lines + [values_now(), '设备 %s%s' % (device(), gpu), '主机 ' + socket.gethostname()])
+
+
+def resume_offer():
+    """Return what 继续 would go on with; '' when there is nothing, or it was trained to its end."""
+    path, state = last_checkpoint()
+    if path is None or (len(state['history']), state['batch']) == (state['params'][1], 0):
+        return ''
+    done = '完成 %d/%d 轮' % (len(state['history']), state['params'][1])
+    if state['batch']:
+        done += '，第 %d 轮到第 %d/%d 批' % (state['epoch'], state['batch'], state['batches'])
+    return '有没训练完的：%s，发“继续”接着训练' % done
 
 
 def run_length():
@@ -1090,6 +1105,8 @@ class Console:
     def auto_login(self, **options):
         set_online(True)
         say('在这里输入命令，“帮助”列出全部命令，Ctrl-D 结束。')
+        if resume_offer():
+            say(resume_offer())
 
     def run(self):
         for line in sys.stdin:
@@ -1117,11 +1134,14 @@ logins = failures = 0          # sessions so far; failed attempts since the last
 session_over = threading.Event()  # has itchat's receiving thread cleaned up?
 
 
-class TimeoutAdapter(requests.adapters.HTTPAdapter):
-    """Gives every request a time-out: itchat sets none when it logs in, sends or uploads."""
+class Adapter(requests.adapters.HTTPAdapter):
+    """What itchat leaves out of a request: a time-out when it logs in, sends or uploads, and a look at the status."""
 
     def send(self, request, timeout=None, **kwargs):
-        return super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
+        response = super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
+        if response.status_code >= 500:
+            response.raise_for_status()
+        return response
 
 
 class OneLine(logging.Handler):
@@ -1138,8 +1158,9 @@ def prepare():
     sys.stdout.reconfigure(errors='replace')  # a terminal without Chinese is no reason to end
     itchat.set_logging(showOnCmd=False, loggingLevel=logging.WARNING)
     logging.getLogger('itchat').addHandler(OneLine())
-    itchat.instance.s.mount('https://', TimeoutAdapter())
+    itchat.instance.s.mount('https://', Adapter())
     itchat.instance.dump_login_status = dump_session
+    itchat.instance.load_login_status = load_session
     itchat.components.register.test_connect = wechat_reachable  # its own has no time-out
 
 
@@ -1161,7 +1182,7 @@ def chat_goes_on():
     try:
         if not logins and not failures:
             prepare()
-        elif chat is itchat:
+        elif chat is itchat and exit_signal is None:
             say('微信断开了，训练不受影响；%d 秒后重新登录。' % min(2 ** failures, 60))
             time.sleep(min(2 ** failures, 60))
         else:
@@ -1247,8 +1268,8 @@ def show_qr(uuid, status, qrcode):
         row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
         print('\n'.join(row % line for line in drawing.getvalue().splitlines()))
         say('请用微信扫码%s登录；终端里的码扫不了，就打开 %s' % ('重新' if logins else '', os.path.abspath(QR_FILE)))
-    elif status == '201':
-        say('已扫码，请在手机上确认。')
+    elif status == '201' or not qrcode:  # no code: the phone asks by itself, after an earlier login
+        say('请在手机上确认登录。')
 
 
 def show_login():
@@ -1260,6 +1281,8 @@ def show_login():
     find_supervisors()
     set_online(True)
     say('已登录：%s。请让好友发“帮助”给它，或自己发给“文件传输助手”。' % itchat.search_friends()['NickName'])
+    if not logins and resume_offer():
+        say(resume_offer())
 
 
 def show_logout():
@@ -1283,6 +1306,24 @@ def dump_session(path=SESSION):
         os.rmdir(folder)
     except OSError as error:
         say('登录状态没有存下来，下次启动要重新扫码：%s' % error)
+
+
+def load_session(path, **callbacks):
+    """Log in with the stored session; raise what keeps the server from answering: it is too early for a QR code."""
+    trouble = []
+
+    def get_msg():  # itchat swallows what this raises
+        try:
+            return type(itchat.instance).get_msg(itchat.instance)
+        except requests.RequestException as error:
+            trouble.append(error)
+            raise
+    itchat.instance.get_msg = get_msg
+    answer = type(itchat.instance).load_login_status(itchat.instance, path, **callbacks)
+    del itchat.instance.get_msg
+    if trouble:
+        raise trouble[0]
+    return answer
 
 
 def check_session():
