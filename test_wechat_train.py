@@ -41,6 +41,7 @@ from mxnet.gluon import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SAMPLE = os.path.join(HERE, '..', 'shared', 'fashion-mnist-sample')  # real images, if they are there
+ANSWER = r'\A(?!第 \d|训练(完成|已停止|出错|停下)|程序结束前|\d+ 秒后)'  # a text that is no report
 DEADLINE = 40  # seconds until a condition that is waited for counts as failed
 
 # ----------------------------------------------------------------------- a WeChat server on loopback
@@ -53,10 +54,11 @@ class WeChat(http.server.ThreadingHTTPServer):
     plays the phone of account A (scan, notes to oneself) and of everybody who writes to A.
     """
     daemon_threads = True
+    login_host, host, sync_host, file_host = 'login.weixin.qq.com', 'wx2.qq.com', 'webpush.wx2.qq.com', 'file.wx2.qq.com'
     owner = 'A'
     friends = 'B', 'C', 'D', 'E', 'F'  # nicknames; the address of each changes at every login
     remarks = {'D': '老王', 'F': 'E'}
-    group, public = '@@group', 'News'
+    group, public, cookies_for = '@@group', 'News', '.qq.com'
 
     def __init__(self, folder):
         super().__init__(('127.0.0.1', 0), Answerer)
@@ -69,10 +71,10 @@ class WeChat(http.server.ThreadingHTTPServer):
         self.changed = threading.Condition()  # guards what follows; notified at every change
         self.faults, self.requests = [], []
         self.uuid = None                      # of the QR code now shown
-        self.logins = self.receiving = 0      # the number of the login, and of the one that asks for messages
+        self.logins = self.receiving = self.seen = 0  # the number of the login, and of the one that asks for messages
         self.messages = []                    # to the client; it has those before its SyncKey
         self.logged_out = False               # on the phone
-        self.breaking = lambda name: None     # what goes wrong with a request: None, 'drop', 'hang', 500 or a Ret
+        self.breaking = lambda name: None     # what goes wrong with a request: None, 'drop', 'hang', 'mute', 'late', 500, 429 or a Ret
         self.healed = threading.Event()       # ends what hangs
         self.sent = []                        # (name, text) that the client sent; a picture is its bytes
         self.uploads = {}                     # MediaId -> bytes
@@ -121,7 +123,7 @@ class WeChat(http.server.ThreadingHTTPServer):
         """Let `name` write `text`, wait for the answer and return it: the next text that is no report."""
         so_far = len(self.heard(name))
         self.says(name, text)
-        return self.wait_text(r'\A(?!第 \d|训练(完成|已停止|出错|停下)|程序结束前|\d+ 秒后)', name, so_far)
+        return self.wait_text(ANSWER, name, so_far)
 
     def wait_text(self, pattern, name='B', since=0):
         """Wait for a text to `name` that `pattern` is found in and return it."""
@@ -148,17 +150,18 @@ class WeChat(http.server.ThreadingHTTPServer):
     def keys(self):
         return {'Count': 1, 'List': [{'Key': 1, 'Val': len(self.messages)}]}
 
-    def respond(self, host, path, query, headers, body):
-        """Answer one request: return (status, headers, body)."""
+    def respond(self, host, path, query, headers, body, code):
+        """Answer one request, with Ret `code` if there is one: return (status, headers, body)."""
         with self.changed:
             self.requests.append(host + path)
             self.changed.notify_all()
             name = path.rsplit('/', 1)[-1]
             if host + path in self.files:
                 return 200, {}, self.files[host + path]
-            if host == 'login.weixin.qq.com' and name in ('', 'jslogin', 'login', 'webwxpushloginurl'):
+            self.check(name, query, headers)
+            if host == self.login_host and name in ('', 'jslogin', 'login', 'webwxpushloginurl'):
                 return 200, {}, getattr(self, 'on_' + (name or 'front'))(query)
-            expected = {'webwxuploadmedia': 'file.wx2.qq.com', 'synccheck': 'webpush.wx2.qq.com'}.get(name, 'wx2.qq.com')
+            expected = {'webwxuploadmedia': self.file_host, 'synccheck': self.sync_host}.get(name, self.host)
             answer = getattr(self, 'on_' + name, None)
             if host != expected or answer is None:
                 self.faults.append('unknown request to %s%s' % (host, path))
@@ -168,13 +171,18 @@ class WeChat(http.server.ThreadingHTTPServer):
             if self.logged_out:
                 return 200, {}, ('window.synccheck={retcode:"1101",selector:"0"}' if name == 'synccheck' else
                                  json.dumps({'BaseResponse': {'Ret': 1101, 'ErrMsg': ''}}))
-            if 'wxsid=sid%d' % self.logins not in headers.get('Cookie', ''):
+            if 'wxsid=sid%d' % self.logins not in headers.get('Cookie', '') and host.endswith(self.cookies_for):
                 self.faults.append('%s without the cookies of this login' % name)
             if name in ('synccheck', 'webwxgetcontact', 'webwxlogout'):
                 return 200, {}, answer(query)
             request = json.loads(body) if name != 'webwxuploadmedia' else self.form(headers, body)
-            code = self.breaking(name) or (0 if request['BaseRequest']['Skey'] == 'skey%d' % self.logins else 1)
+            code = code or (0 if request['BaseRequest']['Skey'] == 'skey%d' % self.logins else 1)
             return 200, {}, json.dumps(dict({'BaseResponse': {'Ret': code, 'ErrMsg': ''}}, **({} if code else answer(request))))
+
+    def check(self, name, query, headers):
+        """Note what is wrong with a request to any host."""
+        if headers.get('mmweb_appid'):
+            self.faults.append('%s as for 文件传输助手' % name)
 
     def on_front(self, query):
         return 'WeChat'
@@ -189,19 +197,20 @@ class WeChat(http.server.ThreadingHTTPServer):
     def on_login(self, query):
         if query['uuid'] != self.uuid:
             return 'window.code=400;'
-        polls = self.requests.count('login.weixin.qq.com/cgi-bin/mmwebwx-bin/login')
+        polls = self.requests.count(self.login_host + '/cgi-bin/mmwebwx-bin/login')
         if self.phone != 'scans' or polls % 3 == 1:
             self.changed.wait(0.05)  # a short long poll
             return 'window.code=408;'
         if polls % 3 == 2:
             return 'window.code=201;'
-        return 'window.code=200;\nwindow.redirect_uri="https://wx2.qq.com/cgi-bin/mmwebwx-bin/webwxnewloginpage?ticket=t";'
+        return ('window.code=200;\n'
+                'window.redirect_uri="https://%s/cgi-bin/mmwebwx-bin/webwxnewloginpage?ticket=t";' % self.host)
 
     def on_webwxnewloginpage(self, query):
         self.logins += 1
         self.logged_out = False
         cookies = ['wxsid=sid%d', 'wxuin=%d', 'webwx_data_ticket=data%d']
-        return 200, [('Set-Cookie', c % self.logins + '; Domain=.qq.com; Path=/') for c in cookies], (
+        return 200, [('Set-Cookie', c % self.logins + '; Domain=%s; Path=/' % self.cookies_for) for c in cookies], (
             '<error><ret>0</ret><skey>skey%d</skey><wxsid>sid%d</wxsid><wxuin>%d</wxuin>'
             '<pass_ticket>pass%d</pass_ticket></error>' % ((self.logins,) * 4))
 
@@ -222,7 +231,7 @@ class WeChat(http.server.ThreadingHTTPServer):
     def on_synccheck(self, query):
         self.receiving = self.logins
         self.changed.notify_all()
-        has = int(query['synckey'].split('_')[1])
+        self.seen = has = int(query['synckey'].split('_')[1])
         self.changed.wait_for(lambda: len(self.messages) > has or self.logged_out, 0.5)
         return 'window.synccheck={retcode:"0",selector:"%d"}' % (2 if len(self.messages) > has else 0)
 
@@ -236,8 +245,13 @@ class WeChat(http.server.ThreadingHTTPServer):
         if message['FromUserName'] != self.address(self.owner) or message['ToUserName'] not in names:
             self.faults.append('a message from or to nobody: %r' % message)
         self.sent.append((names.get(message['ToUserName']), message.get('Content') or self.uploads[message['MediaId']]))
+        number = str(next(self.numbers))
+        self.come_back(message, number)
         self.changed.notify_all()
-        return {'MsgID': str(next(self.numbers)), 'LocalID': message['LocalID']}
+        return {'MsgID': number, 'LocalID': message['LocalID']}
+
+    def come_back(self, message, number):
+        """Put what the client sent among the messages to it: only 文件传输助手 does."""
 
     on_webwxsendmsgimg = on_webwxsendmsg
 
@@ -258,6 +272,43 @@ class WeChat(http.server.ThreadingHTTPServer):
 
     def on_webwxlogout(self, query):
         return ''
+
+
+class FileHelper(WeChat):
+    """The web page of 文件传输助手, for one account: the same protocol but for what stands here."""
+    login_host, file_host = 'login.wx2.qq.com', 'file.wx2.qq.com'
+    host = sync_host = 'szfilehelper.weixin.qq.com'
+    friends, public, cookies_for = (), 'nobody', '.weixin.qq.com'
+
+    def check(self, name, query, headers):
+        wanted = {'jslogin': {'appid': 'wx_webfilehelper', 'redirect_uri':
+                              'https://szfilehelper.weixin.qq.com/cgi-bin/mmwebwx-bin/webwxnewloginpage'},
+                  'login': {'appid': 'wx_webfilehelper'}, 'webwxnewloginpage': {'fun': 'new', 'version': 'v2', 'ticket': 't'},
+                  'synccheck': {'mmweb_appid': 'wx_webfilehelper'}}.get(name, {})
+        if headers.get('mmweb_appid') != 'wx_webfilehelper' or 'extspam' in headers or not wanted.items() <= query.items():
+            self.faults.append('%s as for web WeChat: %r' % (name, query))
+        if name in ('webwxgetcontact', 'webwxbatchgetcontact', 'webwxpushloginurl'):
+            self.faults.append(name)
+
+    def on_webwxinit(self, request):
+        return {'User': self.contact(self.owner), 'SyncKey': self.keys()}
+
+    def on_webwxsync(self, request):
+        return {'AddMsgList': self.messages[request['SyncKey']['List'][0]['Val']:], 'SyncKey': self.keys()}
+
+    def come_back(self, message, number):
+        if message['ToUserName'] != 'filehelper':
+            self.faults.append('a message to %s' % message['ToUserName'])
+        kind = {'MsgType': message['Type'], 'MsgId': number, 'NewMsgId': int(number)}
+        self.says(self.owner, message.get('Content', ''), **kind)
+
+    def ready(self):
+        self.wait(lambda: self.receiving)
+
+    def ask(self, text, name='filehelper'):
+        so_far = len(self.heard('filehelper'))
+        self.says(self.owner, text)
+        return self.wait_text(ANSWER, 'filehelper', so_far)
 
 
 class Answerer(http.server.BaseHTTPRequestHandler):
@@ -287,10 +338,15 @@ class Answerer(http.server.BaseHTTPRequestHandler):
             self.server.healed.wait(DEADLINE)
         if fault in ('hang', 'drop'):
             raise ConnectionError('cut off by the test')
-        if fault == 500:
-            return self.answer(500, {}, '')
+        if fault in (500, 429):
+            return self.answer(fault, {}, '')
         status, headers, answer = self.server.respond(
-            url.hostname or self.host, url.path, dict(urllib.parse.parse_qsl(url.query)), self.headers, body)
+            url.hostname or self.host, url.path, dict(urllib.parse.parse_qsl(url.query)), self.headers, body,
+            fault if isinstance(fault, int) else 0)
+        if fault == 'mute':
+            raise ConnectionError('done, but not said by the test')
+        if fault == 'late':  # the client has the message before the answer that tells its number
+            self.server.wait(lambda: self.server.seen == len(self.server.messages))
         self.answer(status, headers, answer)
 
     def answer(self, status, headers, answer):
@@ -356,6 +412,15 @@ class Program:
 def wechat(tmp_path):
     """A WeChat server; at the end of the test, nothing may have gone against the protocol."""
     server = WeChat(str(tmp_path))
+    yield server
+    server.shutdown()
+    assert server.faults == []
+
+
+@pytest.fixture
+def helper(tmp_path):
+    """The server of 文件传输助手's web page, as strict."""
+    server = FileHelper(str(tmp_path))
     yield server
     server.shutdown()
     assert server.faults == []
@@ -985,7 +1050,7 @@ def test_a_logout_on_the_phone_is_followed_by_a_new_qr_code(wechat, images, tmp_
 def test_a_refused_message_is_sent_again(wechat, tmp_path, code):
     with Program(tmp_path, env=wechat.env()) as program:
         wechat.ready()
-        refusals = [code] * 3
+        refusals = [code] * 2
         wechat.breaking = lambda name: refusals.pop() if name == 'webwxsendmsg' and refusals else None
         wechat.says('B', 'lr 0.1')
         wechat.says('B', 'lr 0.2')
@@ -1086,8 +1151,24 @@ def test_a_refused_account_is_told_in_one_line(wechat, tmp_path, page):
     wechat.on_webwxnewloginpage = lambda query: (200, {}, page)  # and no cookies
     with Program(tmp_path, env=wechat.env()) as program:
         assert program.process.wait(DEADLINE) == 1
-        assert '微信没有让这个账号登录' in program.output().splitlines()[-1] and 'Traceback' not in program.output()
+        last = program.output().splitlines()[-1]
+        assert '微信没有让这个账号登录' in last and '--filehelper' in last and 'Traceback' not in program.output()
         assert not (tmp_path / 'itchat.pkl').exists()
+
+
+def test_a_server_that_is_down_does_not_cost_the_stored_session(wechat, tmp_path):
+    with Program(tmp_path, env=wechat.env()):
+        wechat.ready()
+        wechat.wait(lambda: os.path.exists(tmp_path / 'itchat.pkl'))
+    wechat.breaking = lambda name: 500 if name == 'webwxsync' else None
+    with Program(tmp_path, env=wechat.env()) as program:
+        assert program.process.wait(DEADLINE) == 1
+        assert '连不上微信（login.weixin.qq.com）' in program.output() and '扫码' not in program.output()
+    wechat.breaking = without_fault
+    wechat.receiving = 0
+    with Program(tmp_path, env=wechat.env()):
+        wechat.ready()
+    assert wechat.logins == 1
 
 
 def test_the_stored_session_is_private_and_only_a_private_one_is_read(wechat, tmp_path):
@@ -1144,6 +1225,85 @@ def test_a_full_disk_does_not_end_the_run(images, tmp_path):
     [checkpoint] = tmp_path.glob('runs/*/last.zip')
     assert len(utils.read_checkpoint(str(checkpoint))['history']) == 1
     assert not list(tmp_path.glob('runs/*/*.new')) and not list(tmp_path.glob('runs/*/tmp*'))
+
+
+# ------------------------------------------------------------------------------------- 文件传输助手
+
+
+def test_a_session_in_the_file_transfer_chat(helper, images, tmp_path):
+    """QR code, one that runs out, commands, a report, the curve, a second start without a scan, a log-out."""
+    helper.phone = 'waits'
+    with Program(tmp_path, '--filehelper', '--data', images, env=helper.env()) as program:
+        program.wait_output('请用微信扫码登录')
+        with helper.changed:
+            helper.uuid = None  # it has run out
+        program.wait_output('二维码过期了，换一个新的')
+        helper.wait(lambda: helper.uuid)
+        helper.phone = 'scans'
+        helper.ready()
+        program.wait_output('已登录：A。请把“帮助”发给“文件传输助手”')
+        assert helper.ask('lr 0.1, ti 2') == '学习率 lr = 0.1\n轮数 ti = 2\n批量 bs = 256'
+        helper.says('A', '你好')
+        helper.says('A', '参数', to='B')  # not to the file-transfer chat
+        helper.ask('开始')
+        helper.wait_text('训练完成', 'filehelper')
+        assert helper.wait_picture('filehelper').shape == (1040, 800, 4)
+        texts = [t for t in helper.heard('filehelper') if isinstance(t, str)]
+        assert [t.split('\n')[0] for t in texts[1:]] == ['开始训练', '第 1/2 轮', '第 2/2 轮', '训练完成']
+        assert {name for name, _ in helper.sent} == {'filehelper'} and '你好' not in program.output()
+        session = tmp_path / 'filehelper.pkl'
+        assert stat.S_IMODE(session.stat().st_mode) == 0o600 and not (tmp_path / 'itchat.pkl').exists()
+
+    helper.receiving = 0
+    with Program(tmp_path, '--filehelper', '--data', images, env=helper.env()) as program:
+        helper.ready()
+        helper.ask('状态')
+        assert helper.logins == 1
+        with helper.changed:
+            helper.logged_out = True  # on the phone
+            helper.changed.notify_all()
+        program.wait_output('请用微信扫码重新登录')
+        helper.wait(lambda: helper.receiving == 2)
+        helper.breaking = lambda name, codes=[1205, 429]: codes.pop() if name == 'webwxsendmsg' and codes else None
+        assert 'lr = 0.3' in helper.ask('lr 0.3')
+        assert 'Traceback' not in program.output()
+
+
+OWN_WORDS = LINEAR_REGRESSION.replace('    learning_rate,', """    utils.lock_start()  # after the answer to 开始
+    for _ in range(20):
+        utils.chat_send('参数', wechat_name)  # words that are a command
+    learning_rate,""", 1).replace('utils.chat_supervisor', 'utils.filehelper = True\n    utils.chat_supervisor')
+
+
+@pytest.mark.parametrize('fault', [None, 'mute', 'late'])
+def test_what_the_program_says_is_no_command_and_the_same_words_of_the_person_are(helper, tmp_path, fault):
+    script = tmp_path / 'own_words.py'
+    script.write_text(OWN_WORDS)
+    with Program(tmp_path, '3600', env=helper.env(), script=str(script)):
+        helper.ready()
+        helper.ask('ti 1')
+        faults = [fault, None]  # None for the answer to 开始
+        helper.breaking = lambda name: faults.pop() if name == 'webwxsendmsg' and faults else None
+        helper.says('A', '开始')
+        helper.wait_text('训练完成', 'filehelper')
+        assert fault == 'mute' or helper.heard('filehelper').count('参数') == 20
+        assert not faults
+        assert helper.ask('帮助') == utils.HELP  # by now all have come back
+        assert ''.join(helper.heard('filehelper')).count('学习率 lr') == 2  # in the answers to ti and 开始
+        assert helper.ask('参数') == '学习率 lr = 0.5\n轮数 ti = 1\n批量 bs = 256'
+
+
+def test_refusals_of_the_file_transfer_chat(helper, tmp_path):
+    helper.breaking = lambda name: 429 if name == 'jslogin' else None
+    with Program(tmp_path, '--filehelper', env=helper.env()) as program:
+        assert program.process.wait(DEADLINE) == 1
+        assert '请求太频繁' in program.output() and len(program.output().splitlines()) == 1
+    helper.breaking = without_fault
+    helper.on_webwxnewloginpage = lambda query: (200, {}, '<error><ret>1203</ret></error>')
+    with Program(tmp_path, '--filehelper', env=helper.env()) as program:
+        assert program.process.wait(DEADLINE) == 1
+        last = program.output().splitlines()[-1]
+        assert '没有让这个账号登录文件传输助手' in last and '--filehelper' not in last
 
 
 # ------------------------------------------------------------------------- whatever people write

@@ -2,7 +2,7 @@
 
 Read from top to bottom, in the order in which things happen: the data -> the device -> the lock ->
 what a training loop calls -> its checkpoints -> what a person in the chat can say -> what is done
-about it -> what the answers say -> how words travel -> WeChat's login.
+about it -> what the answers say -> how words travel -> WeChat's login -> what --filehelper changes.
 """
 import collections
 import concurrent.futures
@@ -32,6 +32,7 @@ import time
 import traceback
 import types
 import unicodedata
+import urllib.parse
 import zipfile
 
 import numpy as np
@@ -551,7 +552,7 @@ def chat_supervisor(nn_train):
     def chat_trigger(msg):
         command = parse(msg['Text'])
         user_name = sender(msg)
-        if command is None or user_name is None or is_repeated(msg):
+        if command is None or user_name is None or is_repeated(msg) or is_own(msg):
             return
         gpu = gpu_state() if command == 'status' else ''  # it may take a moment, which the lock must not
         with lock:  # the answer is queued before the lock is let go: no report of the run overtakes it
@@ -967,10 +968,12 @@ def duration(seconds):
 
 chat = itchat    # what carries the words; utils.chat = Console() puts the terminal in its place
 
-# `mail` guards these two, and is told of every change.
+# `mail` guards these, and is told of every change.
 mail = threading.Condition()
 outbox = collections.deque()  # [wechat_name, text] to be sent, in order
 online = False   # is there a session to send in?
+sending = None   # the text that WeChat has been given and has not answered yet
+own = collections.deque(maxlen=1000)  # MsgIDs of what was sent; the text where the answer got lost
 
 
 def chat_send(text, wechat_name):
@@ -1048,7 +1051,7 @@ def send_now(wechat_name, text):
         to = address(wechat_name)
         if to is None:
             return '好友里找不到“%s”' % wechat_name, True
-        answer = chat.send(text, to)
+        answer = send_as_own(text, to)
         code = 0 if answer else answer['BaseResponse'].get('Ret')
         # 1205: too frequent; 1100 to 1102: logged out; -1000, -1004: the server's own trouble
         return '' if code == 0 else 'Ret %s' % code, code not in (1205, 1100, 1101, 1102, -1000, -1004)
@@ -1056,6 +1059,33 @@ def send_now(wechat_name, text):
         return type(error).__name__, False
     except (LookupError, ValueError, OSError) as error:  # itchat with half a session; a file that is gone
         return repr(error), True
+
+
+def send_as_own(text, to):
+    """Send, and keep by what to know the message when it comes back; see is_own()."""
+    global sending
+    with mail:
+        sending, mark = text, text
+    try:
+        answer = chat.send(text, to)
+        mark = str(answer.get('MsgID'))
+        return answer
+    finally:
+        with mail:
+            sending = None
+            own.append(mark)
+            mail.notify_all()
+
+
+def is_own(msg):
+    """Return whether the program itself sent a message: from 文件传输助手 it comes back."""
+    with mail:
+        mail.wait_for(lambda: sending != msg['Text'])  # before that its MsgID is not known
+        for mark in (str(msg.get('MsgId', '')), msg['Text']):
+            if mark in own:
+                own.remove(mark)
+                return True
+        return False
 
 
 def address(wechat_name):
@@ -1121,14 +1151,18 @@ class Console:
 
     def send(self, text, wechat_name):
         tqdm.write(text.replace('@img@', '图片：') + '\n')
-        return True
+        return {'MsgID': 0}
 
 
 # --------------------------------------------------------------------------------- WeChat's own login
 
-SESSION, QR_FILE = 'itchat.pkl', 'QR.png'
-UNREACHABLE = '连不上微信（login.weixin.qq.com）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
-REFUSED = '微信没有让这个账号登录网页版：很多账号不开放，或者被限制了。可以换一个账号，或用 --console 在终端里控制。'
+filehelper = False   # log in through 文件传输助手, which takes every account
+QR_FILE = 'QR.png'
+UNREACHABLE = '连不上微信（%s）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+BUSY = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
+REFUSED = {  # by whether `filehelper`
+    False: '微信没有让这个账号登录网页版：很多账号不开放，或者被限制了。请加上 --filehelper，从文件传输助手登录，什么账号都可以。',
+    True: '微信没有让这个账号登录文件传输助手网页版。请过一会儿再试，换一个账号，或用 --console 在终端里控制。'}
 exit_signal = None   # Ctrl-C or SIGTERM, once it has come
 logins = failures = 0          # sessions so far; failed attempts since the last of them
 session_over = threading.Event()  # has itchat's receiving thread cleaned up?
@@ -1139,7 +1173,7 @@ class Adapter(requests.adapters.HTTPAdapter):
 
     def send(self, request, timeout=None, **kwargs):
         response = super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
-        if response.status_code >= 500:
+        if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
             response.raise_for_status()
         return response
 
@@ -1161,7 +1195,10 @@ def prepare():
     itchat.instance.s.mount('https://', Adapter())
     itchat.instance.dump_login_status = dump_session
     itchat.instance.load_login_status = load_session
-    itchat.components.register.test_connect = wechat_reachable  # its own has no time-out
+    itchat.instance.get_QRuuid = get_uuid
+    itchat.components.register.test_connect = lambda: True  # its own has no time-out; jslogin will tell
+    if filehelper:
+        speak_filehelper()
 
 
 def leave(signum, frame):
@@ -1204,14 +1241,13 @@ def session():
     try:
         try:
             yield
-        except requests.RequestException:
-            trouble = UNREACHABLE
-        except SystemExit:  # of leave(), or itchat finds no network
-            trouble = None if exit_signal else UNREACHABLE
+        except requests.RequestException as error:
+            too_many = error.response is not None and error.response.status_code == 429
+            trouble = BUSY if too_many else UNREACHABLE % urllib.parse.urlsplit(itchat.config.BASE_URL).hostname
         except (LookupError, AttributeError, TypeError, ValueError):  # itchat, reading what is no login
             if chat is not itchat:
                 raise
-            trouble = REFUSED
+            trouble = REFUSED[filehelper]
         logins += online
         failures = failures + 1 if trouble else 0
         if chat is itchat and online and not exit_signal:
@@ -1248,13 +1284,12 @@ def wait_for_mail(timeout=None):
         mail.wait_for(lambda: not outbox or not online, timeout)
 
 
-def wechat_reachable(retryTime=1):
-    """Return whether WeChat's login page answers."""
-    try:
-        requests.get(itchat.config.BASE_URL, timeout=10)
-        return True
-    except requests.RequestException:
-        return False
+def get_uuid():
+    """Return the uuid for a QR code; raise where itchat would ask again every second for ever."""
+    uuid = type(itchat.instance).get_QRuuid(itchat.instance)
+    if not uuid:
+        raise requests.RequestException('no uuid in the answer')
+    return uuid
 
 
 def show_qr(uuid, status, qrcode):
@@ -1268,6 +1303,8 @@ def show_qr(uuid, status, qrcode):
         row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
         print('\n'.join(row % line for line in drawing.getvalue().splitlines()))
         say('请用微信扫码%s登录；终端里的码扫不了，就打开 %s' % ('重新' if logins else '', os.path.abspath(QR_FILE)))
+    elif status == '400':
+        say('二维码过期了，换一个新的。')
     elif status == '201' or not qrcode:  # no code: the phone asks by itself, after an earlier login
         say('请在手机上确认登录。')
 
@@ -1280,7 +1317,8 @@ def show_login():
         os.remove(QR_FILE)
     find_supervisors()
     set_online(True)
-    say('已登录：%s。请让好友发“帮助”给它，或自己发给“文件传输助手”。' % itchat.search_friends()['NickName'])
+    say('已登录：%s。请%s发给“文件传输助手”。' % (
+        itchat.search_friends()['NickName'], '把“帮助”' if filehelper else '让好友发“帮助”给它，或自己'))
     if not logins and resume_offer():
         say(resume_offer())
 
@@ -1290,11 +1328,12 @@ def show_logout():
     session_over.set()
 
 
-LOGIN = dict(qrCallback=show_qr, loginCallback=show_login, exitCallback=show_logout, statusStorageDir=SESSION)
+LOGIN = dict(qrCallback=show_qr, loginCallback=show_login, exitCallback=show_logout, statusStorageDir='itchat.pkl')
 
 
-def dump_session(path=SESSION):
+def dump_session(path=None):
     """Write the session (whoever has it is logged in) whole or not at all, readable by the owner alone."""
+    path = path or LOGIN['statusStorageDir']
     folder = path + '.new'
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of a program that was killed
@@ -1323,13 +1362,16 @@ def load_session(path, **callbacks):
     del itchat.instance.get_msg
     if trouble:
         raise trouble[0]
+    if filehelper and not answer:
+        itchat.instance.s.cookies.clear()  # or itchat would ask for a login without a QR code: not there
     return answer
 
 
 def check_session():
     """Set a stored session aside that is not the user's own, is open to others, or is damaged."""
+    path = LOGIN['statusStorageDir']
     try:
-        state = os.lstat(SESSION)
+        state = os.lstat(path)
     except FileNotFoundError:
         return
     trouble = ''
@@ -1337,11 +1379,64 @@ def check_session():
         trouble = '不是只有你能读写的文件，里面可能是别人放的东西'
     else:
         try:
-            with open(SESSION, 'rb') as f:
+            with open(path, 'rb') as f:
                 if not {'loginInfo', 'cookies', 'storage'} <= set(pickle.load(f)):
                     trouble = '内容不全'
         except Exception as error:  # a damaged pickle can raise anything
             trouble = '已损坏（%s）' % type(error).__name__
     if trouble:
-        os.replace(SESSION, SESSION + '.bad')
-        say('%s %s；改名为 %s.bad，需要重新扫码。' % (os.path.abspath(SESSION), trouble, SESSION))
+        os.replace(path, path + '.bad')
+        say('%s %s；改名为 %s.bad，需要重新扫码。' % (os.path.abspath(path), trouble, path))
+
+
+# ----------------------------------------------------- what --filehelper changes: 文件传输助手's web page
+
+# The page speaks web WeChat's protocol with the differences below; see github.com/sxkiss/wx-filehelper-api.
+APP_ID = 'wx_webfilehelper'
+EXTRA = {  # query parameters, by the last part of the path
+    'jslogin': {'appid': APP_ID,
+                'redirect_uri': 'https://szfilehelper.weixin.qq.com/cgi-bin/mmwebwx-bin/webwxnewloginpage'},
+    'login': {'appid': APP_ID},
+    'webwxnewloginpage': {'fun': 'new', 'version': 'v2'},
+    'synccheck': {'mmweb_appid': APP_ID}}
+LEFT_OUT = {  # of the answers, although itchat reads it
+    'webwxinit': lambda answer: {'InviteStartCount': 0, 'ContactList': []},
+    'webwxsync': lambda answer: {'SyncCheckKey': answer.get('SyncKey'), 'ModContactList': []}}
+FILE_HOSTS = {'szfilehelper': 'file.wx2.qq.com', 'cmfilehelper': 'file.wx8.qq.com'}
+
+
+def speak_filehelper():
+    """Let itchat log in to the page of 文件传输助手 and find nobody there but 文件传输助手."""
+    itchat.config.BASE_URL = 'https://login.wx2.qq.com'
+    itchat.instance.s.mount('https://', FileHelperAdapter())
+    itchat.instance.web_init = init_filehelper
+    itchat.instance.get_contact = lambda update=False: []
+    LOGIN['statusStorageDir'] = 'filehelper.pkl'
+
+
+class FileHelperAdapter(Adapter):
+    """Translates between what itchat asks and reads and what the page of 文件传输助手 expects and answers."""
+
+    def send(self, request, **kwargs):
+        url = urllib.parse.urlsplit(request.url)
+        name = url.path.rsplit('/', 1)[-1]
+        if name in EXTRA:
+            query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True), **EXTRA[name])
+            request.url = url._replace(query=urllib.parse.urlencode(query)).geturl()
+        request.headers['mmweb_appid'] = APP_ID
+        for header in ('client-version', 'extspam', 'referer'):  # of the UOS client, which this is not
+            request.headers.pop(header, None)
+        response = super().send(request, **kwargs)
+        if name in LEFT_OUT and response.ok:
+            answer = json.loads(response.content)
+            response._content = json.dumps({**LEFT_OUT[name](answer), **answer, 'ContactList': []}).encode()
+        return response
+
+
+def init_filehelper():
+    """Set the hosts that follow from the one where the login ended, and go on as in web WeChat."""
+    info = itchat.instance.loginInfo
+    entry = urllib.parse.urlsplit(info['url']).hostname.split('.')[0]
+    info['syncUrl'] = info['url']
+    info['fileUrl'] = 'https://%s/cgi-bin/mmwebwx-bin' % FILE_HOSTS.get(entry, 'file.wx.qq.com')
+    return type(itchat.instance).web_init(itchat.instance)

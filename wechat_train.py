@@ -57,6 +57,8 @@ def parse_args():
     parser.add_argument('--console', action='store_true', help='不用微信，在终端里输入同样的命令')
     parser.add_argument('--data', metavar='DIR', help='Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）')
     parser.add_argument('--demo', action='store_true', help='--console，并用程序自己画的小图：不需要微信，也不需要网络')
+    parser.add_argument('--filehelper', action='store_true',
+                        help='从文件传输助手登录：什么账号都可以，在自己手机的“文件传输助手”里发命令')
     parser.add_argument('--seed', type=int, default=0, help='随机种子：种子相同，训练的结果就相同（默认 0）')
     parser.add_argument('--supervisor', metavar='NAME', action='append', default=[],
                         help='谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以')
@@ -73,7 +75,7 @@ def parse_args():
 if __name__ == '__main__':
     args = parse_args()
     utils.seed, utils.supervisors, utils.then_command = args.seed, args.supervisor, args.then
-    utils.data_dir = utils.DEMO if args.demo else args.data
+    utils.filehelper, utils.data_dir = args.filehelper, utils.DEMO if args.demo else args.data
     if args.console or args.demo:
         itchat = utils.chat = utils.Console()
     utils.chat_supervisor(nn_train)
