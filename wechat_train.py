@@ -8,16 +8,16 @@ if not (3, 9) <= sys.version_info[:2] <= (3, 12):
 
 import utils
 from utils import itchat
-from mxnet import autograd, gluon
-from mxnet.gluon import nn
 
 
 def nn_train(wechat_name, params):
     """Train the network with params = (learning_rate, training_iters, batch_size), reporting to wechat_name."""
+    from mxnet import autograd, gluon  # here, because it takes longer than showing the QR code
+    from mxnet.gluon import nn
     learning_rate, training_iters, batch_size = params
     train_data, test_data = utils.load_data_fashion_mnist(batch_size)
     softmax_cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
-    net = nn.Sequential()
+    net = nn.HybridSequential()
     with net.name_scope():
         net.add(nn.Conv2D(channels=20, kernel_size=5, activation='relu'))
         net.add(nn.MaxPool2D(pool_size=2, strides=2))
@@ -26,6 +26,7 @@ def nn_train(wechat_name, params):
         net.add(nn.Flatten())
         net.add(nn.Dense(128, activation='relu'))
         net.add(nn.Dense(10))
+    utils.speed_up(net)
     ctx = utils.try_gpu()
     net.initialize(ctx=ctx)
     trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})

@@ -1,0 +1,340 @@
+"""Measure the tool side by side with the tutorial's loop and with PyTorch: python .ci/bench.py
+
+All programs train the same network on the same 60,000 drawn images, batch 256, one after the other in
+every round; what counts are the ratios within a round. PyTorch takes part if it is installed
+(pip install torch==2.13.0). The tool is the real program, commanded through the WeChat server of the
+tests on loopback.
+"""
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+BATCH = 256
+
+# ------------------------------------------------- the programs; each returns a function: one round's images/s
+
+
+def tutorial(folder):
+    """The tutorial's loop: gluon's DataLoader with a transform of every image, two asscalar() a batch."""
+    import numpy as np
+    np.bool = bool
+    from mxnet import autograd, gluon, nd
+    images, labels = (np.load(os.path.join(folder, name)) for name in ('images.npy', 'labels.npy'))
+    dataset = gluon.data.ArrayDataset(images[:20 * BATCH, :, :, None], labels[:20 * BATCH].astype('int32'))
+    to_tensor = gluon.data.vision.transforms.ToTensor()
+    train_data = gluon.data.DataLoader(dataset.transform_first(lambda image: to_tensor(nd.array(image, dtype='uint8'))),
+                                       BATCH, shuffle=True)
+    net = gluon.nn.Sequential()
+    add_layers(net, gluon.nn)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1})
+    softmax_cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
+
+    def one_round():
+        began = time.perf_counter()
+        for data, label in train_data:
+            label = label.astype('float32')
+            with autograd.record():
+                output = net(data)
+                loss = softmax_cross_entropy(output, label)
+            loss.backward()
+            trainer.step(BATCH)
+            nd.mean(output.argmax(axis=1) == label).asscalar()
+            nd.mean(loss).asscalar()
+        return len(dataset) / (time.perf_counter() - began)
+    return one_round
+
+
+def add_layers(net, nn):
+    with net.name_scope():
+        net.add(nn.Conv2D(channels=20, kernel_size=5, activation='relu'), nn.MaxPool2D(pool_size=2, strides=2),
+                nn.Conv2D(channels=50, kernel_size=3, activation='relu'), nn.MaxPool2D(pool_size=2, strides=2),
+                nn.Flatten(), nn.Dense(128, activation='relu'), nn.Dense(10))
+
+
+def bare(folder):
+    """The tool's network and data without a word to anybody: a whole epoch, evaluated at its end."""
+    import utils
+    from mxnet import autograd, gluon
+    utils.data_dir = folder
+    train_data, test_data = utils.load_data_fashion_mnist(BATCH)
+    net = gluon.nn.HybridSequential()
+    add_layers(net, gluon.nn)
+    utils.speed_up(net)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1})
+    softmax_cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
+
+    def one_round():
+        began, train_loss, train_acc = time.perf_counter(), 0, 0
+        for data, label in train_data:
+            with autograd.record():
+                output = net(data)
+                loss = softmax_cross_entropy(output, label)
+            loss.backward()
+            trainer.step(data.shape[0])
+            train_acc = train_acc + (output.argmax(axis=1) == label).mean()
+            train_loss = train_loss + loss.mean()
+        train_loss.asscalar(), train_acc.asscalar()
+        trained = time.perf_counter()
+        utils.evaluate_accuracy(test_data, net)
+        evaluated = time.perf_counter()
+        batches = list(test_data)
+        listed = time.perf_counter()
+        for data, _ in batches:
+            net(data).wait_to_read()
+        print('EVALUATION', (time.perf_counter() - listed) / (evaluated - trained), flush=True)
+        print('EPOCH', evaluated - began, flush=True)
+        return 60000 / (trained - began)
+    return one_round
+
+
+def pytorch(folder, channels_last=False):
+    """The same in PyTorch: images as floats in memory, loss and accuracy added up on the device."""
+    import numpy as np
+    import torch
+    from torch import nn
+    images, labels = (np.load(os.path.join(folder, name)) for name in ('images.npy', 'labels.npy'))
+    images = torch.from_numpy(images[:, None].astype('float32') / 255)
+    labels = torch.from_numpy(labels.astype('int64'))
+    net = nn.Sequential(nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 3), nn.ReLU(),
+                        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1250, 128), nn.ReLU(), nn.Linear(128, 10))
+    if channels_last:
+        net, images = (x.to(memory_format=torch.channels_last) for x in (net, images))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def one_round():
+        order = torch.randperm(len(images))[:80 * BATCH]
+        began, train_loss, train_acc = time.perf_counter(), 0, 0
+        for chosen in order.split(BATCH):
+            data, label = images[chosen], labels[chosen]
+            output = net(data)
+            loss = nn.functional.cross_entropy(output, label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            train_acc = train_acc + (output.argmax(1) == label).float().mean()
+            train_loss = train_loss + loss.detach()
+        train_loss.item(), train_acc.item()
+        return len(order) / (time.perf_counter() - began)
+    return one_round
+
+
+PROGRAMS = {'tutorial': tutorial, 'bare': bare, 'PyTorch eager': pytorch,
+            'PyTorch channels_last': lambda folder: pytorch(folder, channels_last=True)}
+
+
+def work(name, folder):
+    """Be one of the programs: a round for every line on stdin, after one that does not count."""
+    one_round = PROGRAMS[name](folder)
+    one_round()
+    print('READY', flush=True)
+    for _ in sys.stdin:
+        print('RATE', one_round(), flush=True)
+
+
+class Worker:
+    """One of the programs in a process of its own."""
+
+    def __init__(self, name, folder):
+        env = {key: value for key, value in os.environ.items() if key not in ('MXNET_ENGINE_TYPE', 'OMP_NUM_THREADS')}
+        self.process = subprocess.Popen([sys.executable, __file__, '--worker', name, folder], env=env, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.said = {}
+        self.read('READY')
+
+    def read(self, word):
+        for line in self.process.stdout:
+            key, *value = line.split()
+            self.said.setdefault(key, []).extend(map(float, value))
+            if key == word:
+                return self.said[key][-1:]
+        raise RuntimeError('a worker has died')
+
+    def round(self):
+        self.process.stdin.write('\n')
+        self.process.stdin.flush()
+        return self.read('RATE')[0]
+
+
+# -------------------------------------------------------------------------- the tool, through WeChat
+
+CLOCKED = """
+import time, utils
+
+def clocked(batches, iterate=utils.Batches.__iter__):
+    for i, batch in enumerate(iterate(batches)):
+        if i == 1 and batches.shuffle:  # the first batch compiles the network
+            batches.began = time.time()
+        try:
+            yield batch
+        finally:  # also after 停止
+            batches.done, batches.count = time.time(), i
+
+def lock_end(wechat_name, lock_end=utils.lock_end):
+    now = time.time()
+    print('CLOCK', clock.began, clock.done, now, clock.count, flush=True)
+    lock_end(wechat_name)
+
+def load(batch_size, load=utils.load_data_fashion_mnist):
+    global clock
+    train_data, test_data = load(batch_size)
+    clock = train_data
+    return train_data, test_data
+utils.Batches.__iter__, utils.lock_end, utils.load_data_fashion_mnist = clocked, lock_end, load
+"""
+RUN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+class Tool:
+    """wechat_train.py, commanded from WeChat."""
+
+    def __init__(self, folder):
+        from test_wechat_train import Program, WeChat
+        self.wechat = WeChat(folder)
+        self.wechat.patience = 25
+        self.program = Program(folder, '--data', folder, env=self.wechat.env(), python=('-c', CLOCKED + RUN))
+        self.wechat.ready()
+        self.wechat.ask('ti 1 lr 0.1')
+        self.epochs, self.status, self.stops = [], [], []
+        self.round()
+
+    def clock(self):
+        """Return when the second batch began, when the last one and when the epoch was done, and a batch's seconds."""
+        began, done, end, count = map(float, re.findall('CLOCK (.*)', self.program.output())[-1].split())
+        return began, done, end, (done - began) / count
+
+    def round(self):
+        so_far = len(self.wechat.heard())
+        self.wechat.ask('开始')
+        for _ in range(3):
+            asked = time.time()
+            self.wechat.ask('状态')
+            self.status.append(time.time() - asked)
+        self.wechat.wait_text('训练完成', since=so_far)
+        began, done, end, batch = self.clock()
+        self.epochs.append((end - began) / 234 * 235)  # the first batch is not in it
+        return BATCH / batch
+
+    def stop(self):
+        """Start, stop in the middle and note how many batch times passed to the end of the last batch."""
+        so_far = len(self.wechat.heard())
+        self.wechat.ask('开始')
+        while not re.search(r'到第 (\d\d+)/', self.wechat.ask('状态')):
+            pass
+        asked = time.time()
+        self.wechat.says('B', '停止')
+        self.wechat.wait_text('训练已停止', since=so_far)
+        _, done, _, batch = self.clock()
+        self.stops.append((done - asked) / batch)
+
+
+def first_request(folder, before=''):
+    """Return the seconds from the start of the program to its request for a QR code, if it executes `before` first."""
+    from test_wechat_train import Program, WeChat
+    wechat = WeChat(folder)
+    wechat.phone = 'waits'
+    began = time.time()
+    program = Program(folder, env=wechat.env(), python=('-c', before + RUN))
+    wechat.wait(lambda: wechat.uuid)
+    seconds = time.time() - began
+    program.process.kill()
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------ the table
+
+
+def peak(pid):
+    """Return the largest memory of a process so far, in MB (Linux)."""
+    with open('/proc/%d/status' % pid) as f:
+        return int(re.search(r'VmHWM:\s+(\d+)', f.read())[1]) / 1024
+
+
+def spread(values, digits=2):
+    """Return minimum, median and maximum as columns of a table."""
+    return ' | '.join('%.*f' % (digits, f(values)) for f in (min, statistics.median, max))
+
+
+def ratios(above, below):
+    return [a / b for a, b in zip(above, below)]
+
+
+def prepare(folder):
+    """Write 60,000 + 10,000 drawn images as IDX files, and the training part once more for numpy."""
+    import numpy as np
+    import utils
+    from test_wechat_train import write_idx
+    for part, times, n, seed in (('train', 5, 12000, 0), ('t10k', 10, 1000, 1)):
+        images, labels = utils.draw_garments(n, seed)
+        images, labels = np.tile(images, (times, 1, 1)), np.tile(labels, times)
+        write_idx(os.path.join(folder, part + '-images-idx3-ubyte.gz'), images)
+        write_idx(os.path.join(folder, part + '-labels-idx1-ubyte.gz'), labels)
+        if part == 'train':
+            np.save(os.path.join(folder, 'images.npy'), images)
+            np.save(os.path.join(folder, 'labels.npy'), labels)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=7, help='interleaved rounds (default 7)')
+    parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(*args.worker)
+    names = ['tutorial', 'bare']
+    try:
+        import torch
+        names += ['PyTorch eager', 'PyTorch channels_last']
+        print('PyTorch %s, %d threads' % (torch.__version__, torch.get_num_threads()))
+    except ImportError:
+        print('PyTorch is not installed: measured without it')
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(folder)
+        tool = Tool(folder)
+        workers = {name: Worker(name, folder) for name in names}
+        rates = {name: [] for name in ['tool', *names]}
+        starts, late_starts = [], []
+        for i in range(args.rounds):
+            rates['tool'].append(tool.round())
+            for name, worker in workers.items():
+                rates[name].append(worker.round())
+            tool.stop()
+            with tempfile.TemporaryDirectory() as empty:
+                starts.append(first_request(empty))
+                late_starts.append(first_request(empty, 'import numpy; numpy.bool = bool; import mxnet\n'))
+            print('round %d of %d: %s' % (i + 1, args.rounds, ', '.join(
+                '%s %.0f' % (name, values[-1]) for name, values in rates.items())), flush=True)
+        said = workers['bare'].said
+
+        print('\n| images/s, training only, batch 256 | min | median | max |\n|---|---|---|---|')
+        for name, values in rates.items():
+            print('| %s | %s |' % (name, spread(values, 0)))
+        print('\n| ratio within a round | min | median | max |\n|---|---|---|---|')
+        for name in names:
+            print('| tool : %s | %s |' % (name, spread(ratios(rates['tool'], rates[name]))))
+        print('| whole epoch with evaluation, bare : tool with chat, bar, status, checkpoint | %s |' % spread(
+            ratios(said['EPOCH'][1:], tool.epochs[1:]), 3))
+        print('| evaluation : forward passes alone, images/s | %s |' % spread(said['EVALUATION'][1:]))
+        print('| start to QR request : the same with MXNet imported first | %s |' % spread(ratios(starts, late_starts)))
+        print('\n| | min | median | max |\n|---|---|---|---|')
+        print('| 状态 in training to its answer, ms | %s |' % spread([1000 * s for s in tool.status[3:]], 0))
+        print('| 停止 to the end of the last batch, batch times | %s |' % spread(tool.stops))
+        print('| start to QR request, s | %s |' % spread(starts))
+        print('| peak memory, MB: tool | %.0f | | |' % peak(tool.program.process.pid))
+        for name, worker in workers.items():
+            print('| peak memory, MB: %s | %.0f | | |' % (name, peak(worker.process.pid)))
+            worker.process.kill()
+        tool.program.process.kill()
+
+
+if __name__ == '__main__':
+    main()
