@@ -228,34 +228,101 @@ def speed_up(net):
 
     Parameters, their gradients and the outputs stay what they are, to the rounding of float32.
     """
+    net.hybridize(static_alloc=True, static_shape=True)
     if try_gpu().device_type == 'cpu':
         net.hybrid_forward = functools.partial(forward_in_blocks, net)
-    net.hybridize(static_alloc=True, static_shape=True)
+        net.register_forward_pre_hook(count_channels)
+
+
+def count_channels(net, inputs):
+    """Tell a convolution in front how many channels come in; MXNet finds out too late to cut its filters."""
+    first, *others = net._children.values()
+    if in_blocks(first, *others):
+        first.weight.shape = first._channels, inputs[0].shape[1], *first._kwargs['kernel']
+
+
+def in_blocks(*layers):
+    """Return whether `layers` begin with what can be computed in blocks: a convolution, then max-pooling."""
+    from mxnet.gluon import nn
+    return len(layers) > 1 and isinstance(layers[0], nn.Conv2D) and layers[0]._kwargs['num_group'] == 1 and (
+        isinstance(layers[1], nn.MaxPool2D))
 
 
 def forward_in_blocks(net, F, x):
     """Compute what HybridSequential.hybrid_forward does, in the form for which oneDNN has its fast kernels."""
-    from mxnet.gluon import nn
-    layers, channels = collections.deque(net._children.values()), 0  # channels: of x, if zeros follow them
+    layers = list(net._children.values())
+    parts = [(x, 0, 0)]  # what the next layer computes with: see convolve()
     while layers:
-        layer = layers.popleft()
-        if isinstance(layer, nn.Conv2D) and layer._kwargs['num_group'] == 1 and layers and (
-                isinstance(layers[0], nn.MaxPool2D)):
-            # Filters of zeros up to a multiple of 16, for the AVX-512 kernels: 1.3 times.
-            if channels:
-                layer.weight.shape = layer._channels, channels, *layer._kwargs['kernel']
-            arrays = [append_zeros(F, layer.weight.var(), 1, channels)]
-            arrays += [layer.bias.var()] if layer.bias is not None else []
-            channels = layer._channels
-            x = F.Convolution(x, *(append_zeros(F, array, 0, channels) for array in arrays),
-                              **dict(layer._kwargs, num_filter=channels + -channels % 16))
-            # Pooling before the activation, which grows, is the same with a quarter of the work: 1.1 times.
-            x = layers.popleft()(x)
-            x = layer.act(x) if layer.act is not None else x
-        else:
-            x = layer(F.slice_axis(x, axis=1, begin=0, end=channels) if channels else x)
-            channels = 0
-    return F.slice_axis(x, axis=1, begin=0, end=channels) if channels else x
+        layer, *layers = layers
+        if not in_blocks(layer, *layers):
+            parts = [(layer(cut(F, *parts)), 0, 0)]
+            continue
+        pool, *layers = layers
+        channels, copies = layer._channels, room_for_copies(layer, pool, *layers)
+        whole = channels - channels % 16 if copies else channels
+        outputs = [(convolve(F, layer, parts, 0, whole), 0, whole)]
+        if copies:
+            # The last 4 of 20 filters would waste most of a block. Copies of them fill it, each moved by one column
+            # of the next layer's input, where a kernel of one column then does what took three: 1.09 times.
+            step = layer._kwargs['stride'][1] * pool._kwargs['stride'][1]
+            outputs += [(convolve(F, layer, parts, whole, channels, copies, step), whole, channels)]
+        # Pooling before the activation, which grows, is the same with a quarter of the work: 1.1 times.
+        act = layer.act if layer.act is not None else lambda y: y
+        parts = [(act(pool(y)), first, last) for y, first, last in outputs]
+    return cut(F, *parts)
+
+
+def cut(F, part):
+    """Return the array of the only part without the zeros behind its channels."""
+    x, first, last = part
+    return F.slice_axis(x, axis=1, begin=first, end=last) if last else x
+
+
+def room_for_copies(layer, pool, *following):
+    """Return how many columns the next convolution's kernel has if a block holds as many copies of the left-over
+    filters, else 0."""
+    if not in_blocks(*following) or layer._channels < 16 or not layer.weight.shape[1]:
+        return 0
+    this, pooling, after = layer._kwargs, pool._kwargs, following[0]._kwargs
+    if this['dilate'] != (1, 1) or after['dilate'] != (1, 1) or after['pad'] != (0, 0) or (
+            pooling['pad'] != (0, 0) or pooling['pooling_convention'] != 'valid'):
+        return 0
+    columns = after['kernel'][1]
+    return columns if 0 < layer._channels % 16 * columns <= 16 else 0
+
+
+def convolve(F, layer, parts, begin, end, copies=1, step=0):
+    """Convolve with the filters from `begin` to `end` of `layer`, with `copies` of them, `step` columns apart.
+
+    The input is the sum of `parts`: (array, first, last) has these channels in its array, then zeros up to a
+    multiple of 16; (array, 0, 0) has all of them and no zeros. A part with first > 0 has copies of its channels,
+    moved by a column each.
+    """
+    height, width = layer._kwargs['kernel']
+    n, sums = (end - begin) * copies, []
+    if parts[-1][2]:
+        layer.weight.shape = layer._channels, parts[-1][2], height, width
+    for x, first, last in parts:
+        weight, columns = layer.weight.var(), width  # weight: (filters, channels, height, width)
+        if last:
+            weight = F.slice_axis(weight, axis=1, begin=first, end=last)
+            if first:
+                weight = F.reshape(F.transpose(weight, axes=(0, 3, 1, 2)), shape=(0, -3, 0, 1))
+                columns = 1
+            weight = append_zeros(F, weight, 1, (last - first) * width // columns)
+        filters = [weight, layer.bias.var()] if layer.bias is not None and not sums else [weight]
+        if end - begin < layer._channels:
+            filters = [F.slice_axis(array, axis=0, begin=begin, end=end) for array in filters]
+        if copies > 1:
+            moved = [(step * i, step * (copies - 1 - i)) for i in range(copies)]
+            filters[0] = F.concat(*(F.pad(filters[0], mode='constant', pad_width=(0,) * 6 + columns_beside)
+                                    for columns_beside in moved), dim=0)
+            filters[1:] = [F.tile(bias, copies) for bias in filters[1:]]
+        # Filters of zeros up to a multiple of 16, for the AVX-512 kernels: 1.3 times.
+        sums += [F.Convolution(x, *(append_zeros(F, array, 0, n) for array in filters), **dict(
+            layer._kwargs, kernel=(height, columns + step * (copies - 1)), num_filter=n + -n % 16,
+            no_bias=len(filters) == 1))]
+    return sum(sums[1:], sums[0])
 
 
 def append_zeros(F, array, axis, size):
