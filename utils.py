@@ -56,7 +56,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on
 np.bool = bool  # MXNet 1.9.1 still asks for the name that numpy 1.24 took away
 os.environ.setdefault('OMP_NUM_THREADS', str(len(os.sched_getaffinity(0))))  # else half of the cores: 1.8 times
 if not glob.glob(os.path.join(os.path.dirname(importlib.util.find_spec('mxnet').origin), '..', 'mxnet_cu*')):
-    os.environ.setdefault('MXNET_ENGINE_TYPE', 'NaiveEngine')  # 1.04 times; a GPU's build needs the other engine
+    os.environ.setdefault('MXNET_ENGINE_TYPE', 'NaiveEngine')  # up to 1.04 times; a GPU needs the other engine
 
 
 def load_mxnet():
