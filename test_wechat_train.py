@@ -756,15 +756,7 @@ def test_only_commands_of_friends_and_of_the_owner_are_answered(wechat, tmp_path
         assert '吃饭' not in program.output()           # what is no command is not logged
 
 
-CRASHING = """
-import itchat, sys, utils
-
-def nn_train(wechat_name, params):
-    utils.lock_start()
-    if params[1] == 1:
-        raise RuntimeError('the disk is on fire\\nsecond line')
-    utils.lock_end(wechat_name)
-
+MAIN = """
 if __name__ == '__main__':
     utils.chat_supervisor(nn_train)
     while utils.chat_goes_on():
@@ -773,6 +765,16 @@ if __name__ == '__main__':
             itchat.run()
     sys.exit(utils.chat_end())
 """
+
+CRASHING = """
+import itchat, sys, utils
+
+def nn_train(wechat_name, params):
+    utils.lock_start()
+    if params[1] == 1:
+        raise RuntimeError('the disk is on fire\\nsecond line')
+    utils.lock_end(wechat_name)
+""" + MAIN
 
 
 def test_a_crash_is_told_and_the_next_start_works(wechat, tmp_path):
@@ -888,7 +890,9 @@ def test_a_resumed_run_is_the_unbroken_run(images, tmp_path, monkeypatch):
         texts = run_here(monkeypatch, wechat_train.nn_train, 'start', stop_after)
         if stop_after:
             assert any('第 1 轮到第 20/30 批' in t for t in texts if isinstance(t, str))
+            monkeypatch.setattr(utils, 'seed', 5)  # of the program when it was started again: for new runs
             texts = run_here(monkeypatch, wechat_train.nn_train, 'resume')
+            assert utils.new_run().seed == 5
         assert utils.run.error is None, texts
         path = utils.run.checkpoint
         results.append((parameters(path), utils.read_checkpoint(path)))
@@ -929,6 +933,8 @@ LINEAR_REGRESSION = """
 import itchat, sys, utils
 from mxnet import autograd, gluon, nd
 
+utils.then_command, utils.then_delay = 'echo done > then.txt', float(sys.argv[1])
+
 def nn_train(wechat_name, params):
     learning_rate, training_iters, batch_size = params
     X = nd.random.normal(shape=(1000, 2))
@@ -950,16 +956,7 @@ def nn_train(wechat_name, params):
         utils.chat_inf(wechat_name, epoch, train_loss, 0, train_data, 0)
         epoch += 1
     utils.lock_end(wechat_name)
-
-if __name__ == '__main__':
-    utils.then_command, utils.then_delay = 'echo done > then.txt', float(sys.argv[1])
-    utils.chat_supervisor(nn_train)
-    while utils.chat_goes_on():
-        with utils.session():
-            itchat.auto_login(hotReload=True, **utils.LOGIN)
-            itchat.run()
-    sys.exit(utils.chat_end())
-"""
+""" + MAIN
 
 
 def test_another_training_function_with_the_tutorials_calls_alone(wechat, tmp_path):
@@ -1215,7 +1212,7 @@ def test_ctrl_c_while_the_qr_code_waits(wechat, tmp_path):
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     script = tmp_path / 'regression.py'
-    script.write_text(FULL_REGRESSION.replace("utils.then_command, utils.then_delay", 'itchat = utils.chat = utils.Console()\n    _, _'))
+    script.write_text(FULL_REGRESSION.replace('\nutils.then_command', '\nitchat = utils.chat = utils.Console()\nutils.then_command'))
     done = 0
     for i, delay in enumerate((0, 0.003, 0.01, 0.02, 0.05)):
         with Program(tmp_path, '1', script=str(script)) as program:

@@ -113,7 +113,7 @@ class Batches:
     def __iter__(self):
         from mxnet import nd
         n = len(self.labels)
-        order = np.random.RandomState([seed % 2**32, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
+        order = np.random.RandomState([run.seed % 2**32, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
         self.epoch += 1
         for i in range(0, n, self.batch_size):
             chosen = order[i:i + self.batch_size]
@@ -375,6 +375,7 @@ def new_run(wechat_name=None):
         busy=False,               # is nn_train at work? It still is for a moment after 停止
         wechat_name=wechat_name,  # who started it: see sender()
         params=(learning_rate, training_iters, batch_size),
+        seed=seed,                # a resumed run keeps its own
         live=False,               # does nn_train read params() in its loop, so that changes count at once?
         folder=None,              # its checkpoints and its log; made when there is something to keep
         checkpoint=None,          # the file that can be resumed from
@@ -498,7 +499,7 @@ def save_checkpoint(net, trainer, epoch, train_loss, train_acc):
     """
     with lock:
         state = dict(epoch=epoch, train_loss=float(train_loss), train_acc=float(train_acc), data=data_name(),
-                     seed=seed, batch=run.batch, batches=run.batches, history=run.history[:], seconds=elapsed(),
+                     seed=run.seed, batch=run.batch, batches=run.batches, history=run.history[:], seconds=elapsed(),
                      params=(*((learning_rate, training_iters) if run.live else run.params[:2]), run.params[2]))
         losses = np.array(run.losses)
     if not state['history'] and not state['batch']:
@@ -794,7 +795,7 @@ def start(nn_train, wechat_name):
 
 def resume(nn_train, wechat_name):
     """Start the training thread from the last checkpoint; return the answer. Needs the lock."""
-    global run, seed
+    global run
     if busy():
         return busy()
     path, state = last_checkpoint()
@@ -806,9 +807,9 @@ def resume(nn_train, wechat_name):
     done = len(state['history'])
     if done >= training_iters:
         return '上次的 %d 轮都训练完了。要再训练，先发 ti %d，再发“继续”。' % (done, done + 3)
-    seed = state['seed']
     run = new_run(wechat_name)
     run.folder, run.checkpoint, run.resumed = os.path.dirname(path), path, state
+    run.seed = state['seed']
     run.history, run.losses = [tuple(row) for row in state['history']], state['losses']
     run.batch, run.batches, run.seconds_before = state['batch'], state['batches'], state['seconds']
     run.done_before = epochs_done()
@@ -837,7 +838,7 @@ trainer_thread = concurrent.futures.ThreadPoolExecutor(1, 'training')
 def train(nn_train, this_run):
     """Run nn_train to its end, in the training thread; whatever it raises, the next 开始 works."""
     import mxnet as mx
-    mx.random.seed(seed)
+    mx.random.seed(this_run.seed)
     try:
         nn_train(this_run.wechat_name, this_run.params)
     except Exception as error:
