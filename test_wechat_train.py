@@ -4,6 +4,7 @@ The programs run as subprocesses with nothing in them changed: HTTPS_PROXY leads
 server in this file, REQUESTS_CA_BUNDLE makes its certificate trusted. Read from top to bottom:
 the server -> a program under test -> tests of the helpers -> of the parser -> of whole sessions.
 """
+
 import contextlib
 import csv
 import email
@@ -11,12 +12,11 @@ import functools
 import gzip
 import hashlib
 import html
-import io
 import http.server
+import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -30,21 +30,22 @@ import time
 import urllib.parse
 import zipfile
 
+import mxnet as mx
 import numpy as np
 import pytest
 import trustme
-from PIL import Image
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-
-import utils
-import mxnet as mx
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from mxnet import autograd, gluon, nd
 from mxnet.gluon import nn
+from PIL import Image
+
+import utils
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SAMPLE = os.path.join(HERE, '..', 'shared', 'fashion-mnist-sample')  # real images, if they are there
 ANSWER = r'\A(?!第 \d|训练(完成|已停止|出错|停下)|程序结束前|\d+ 秒后)'  # a text that is no report
-DEADLINE = 40  # seconds until a condition that is waited for counts as failed
+DEADLINE = 120  # seconds until a condition that is waited for counts as failed
 
 # ----------------------------------------------------------------------- a WeChat server on loopback
 
@@ -55,11 +56,17 @@ class WeChat(http.server.ThreadingHTTPServer):
     It is an HTTP proxy as well, so that a client reaches every https host of WeChat here. The test
     plays the phone of account A (scan, notes to oneself) and of everybody who writes to A.
     """
+
     daemon_threads = True
-    login_host, host, sync_host, file_host = 'login.weixin.qq.com', 'wx2.qq.com', 'webpush.wx2.qq.com', 'file.wx2.qq.com'
+    login_host, host, sync_host, file_host = (
+        'login.weixin.qq.com',
+        'wx2.qq.com',
+        'webpush.wx2.qq.com',
+        'file.wx2.qq.com',
+    )
     owner = 'A'
-    friends = 'B', 'C', 'D', 'E', 'F'  # nicknames; the address of each changes at every login
-    remarks = {'D': '老王', 'F': 'E'}
+    friends = 'B', 'C', 'D', 'E', 'F', 'G', 'H'  # the address of each changes at every login
+    nicknames, remarks = {'G': 'H'}, {'D': '老王', 'F': 'E'}  # nicknames that are not the names here
     patience = 0.5  # seconds that synccheck waits for a message; WeChat's own: 25
     group, public, cookies_for = '@@group', 'News', '.qq.com'
 
@@ -69,21 +76,30 @@ class WeChat(http.server.ThreadingHTTPServer):
         self.bundle = os.path.join(folder, 'ca.pem')
         ca.cert_pem.write_to_path(self.bundle)
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        ca.issue_cert('*.qq.com', '*.weixin.qq.com', '*.wx2.qq.com', '*.s3-accelerate.dualstack.amazonaws.com',
-                      '*.dualstack.amazonaws.com').configure_cert(self.tls)
+        ca.issue_cert(
+            '*.qq.com',
+            '*.weixin.qq.com',
+            '*.wx2.qq.com',
+            '*.s3-accelerate.dualstack.amazonaws.com',
+            '*.dualstack.amazonaws.com',
+        ).configure_cert(self.tls)
         self.changed = threading.Condition()  # guards what follows; notified at every change
         self.faults, self.requests = [], []
-        self.uuid = None                      # of the QR code now shown
-        self.logins = self.receiving = self.seen = 0  # the number of the login, and of the one that asks for messages
-        self.messages = []                    # to the client; it has those before its SyncKey
-        self.logged_out = False               # on the phone
-        self.breaking = lambda name: None     # what goes wrong with a request: None, 'drop', 'hang', 'mute', 'late', 500, 429 or a Ret
-        self.healed = threading.Event()       # ends what hangs
-        self.sent = []                        # (name, text) that the client sent; a picture is its bytes
-        self.uploads = {}                     # MediaId -> bytes
-        self.phone = 'scans'                  # what A does when a QR code is shown
-        self.files = {}                       # url -> bytes, for downloads
-        self.numbers = iter(range(1, 10 ** 9))
+        self.uuid = None  # of the QR code now shown
+        self.logins = self.receiving = self.seen = (
+            0  # the number of the login, and of the one that asks for messages
+        )
+        self.messages = []  # to the client; it has those before its SyncKey
+        self.logged_out = False  # on the phone
+        self.breaking = lambda name: (
+            None
+        )  # what goes wrong with a request: None, 'drop', 'hang', 'mute', 'late', 500, 429 or a Ret
+        self.healed = threading.Event()  # ends what hangs
+        self.sent = []  # (name, text) that the client sent; a picture is its bytes
+        self.uploads = {}  # MediaId -> bytes
+        self.phone = 'scans'  # what A does when a QR code is shown
+        self.files = {}  # url -> bytes, for downloads
+        self.numbers = iter(range(1, 10**9))
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     # -- what the test does and sees
@@ -96,7 +112,9 @@ class WeChat(http.server.ThreadingHTTPServer):
     def wait(self, condition):
         """Wait until condition() is true and return it."""
         with self.changed:
-            assert self.changed.wait_for(condition, DEADLINE), 'waited in vain; sent so far: %r' % (self.sent,)
+            assert self.changed.wait_for(condition, DEADLINE), 'waited in vain; sent so far: %r' % (
+                self.sent,
+            )
             return condition()
 
     def says(self, name, text, to=None, **fields):
@@ -105,10 +123,23 @@ class WeChat(http.server.ThreadingHTTPServer):
             sender = self.address(name)
             receiver = self.address(to or ('filehelper' if name == self.owner else self.owner))
             number = next(self.numbers)
-            self.messages.append(dict({
-                'MsgId': str(number), 'NewMsgId': number, 'FromUserName': sender, 'ToUserName': receiver,
-                'MsgType': 1, 'Url': '', 'Content': html.escape(text, quote=False).replace('\n', '<br/>'),
-                'Status': 3, 'CreateTime': int(time.time()), 'StatusNotifyUserName': ''}, **fields))
+            self.messages.append(
+                dict(
+                    {
+                        'MsgId': str(number),
+                        'NewMsgId': number,
+                        'FromUserName': sender,
+                        'ToUserName': receiver,
+                        'MsgType': 1,
+                        'Url': '',
+                        'Content': html.escape(text, quote=False).replace('\n', '<br/>'),
+                        'Status': 3,
+                        'CreateTime': int(time.time()),
+                        'StatusNotifyUserName': '',
+                    },
+                    **fields,
+                )
+            )
             self.changed.notify_all()
 
     def heard(self, name='B', since=0):
@@ -130,7 +161,9 @@ class WeChat(http.server.ThreadingHTTPServer):
 
     def wait_text(self, pattern, name='B', since=0):
         """Wait for a text to `name` that `pattern` is found in and return it."""
-        return self.wait(lambda: [t for t in self.heard(name, since) if isinstance(t, str) and re.search(pattern, t)])[0]
+        return self.wait(
+            lambda: [t for t in self.heard(name, since) if isinstance(t, str) and re.search(pattern, t)]
+        )[0]
 
     def wait_picture(self, name='B', since=0):
         """Wait for a picture to `name` and return it as an array (height, width, channels)."""
@@ -147,8 +180,16 @@ class WeChat(http.server.ThreadingHTTPServer):
         return '@' + hashlib.md5(('%s %d' % (name, self.logins)).encode()).hexdigest()
 
     def contact(self, name):
-        return {'UserName': self.address(name), 'NickName': name, 'RemarkName': self.remarks.get(name, ''), 'Sex': 0, 'MemberList': [],
-                'VerifyFlag': 8 if name == self.public else 0, 'HeadImgUrl': '', 'ContactFlag': 3}
+        return {
+            'UserName': self.address(name),
+            'NickName': self.nicknames.get(name, name),
+            'RemarkName': self.remarks.get(name, ''),
+            'Sex': 0,
+            'MemberList': [],
+            'VerifyFlag': 8 if name == self.public else 0,
+            'HeadImgUrl': '',
+            'ContactFlag': 3,
+        }
 
     def keys(self):
         return {'Count': 1, 'List': [{'Key': 1, 'Val': len(self.messages)}]}
@@ -172,15 +213,30 @@ class WeChat(http.server.ThreadingHTTPServer):
             if name == 'webwxnewloginpage':
                 return answer(query)
             if self.logged_out:
-                return 200, {}, ('window.synccheck={retcode:"1101",selector:"0"}' if name == 'synccheck' else
-                                 json.dumps({'BaseResponse': {'Ret': 1101, 'ErrMsg': ''}}))
-            if 'wxsid=sid%d' % self.logins not in headers.get('Cookie', '') and host.endswith(self.cookies_for):
+                return (
+                    200,
+                    {},
+                    (
+                        'window.synccheck={retcode:"1101",selector:"0"}'
+                        if name == 'synccheck'
+                        else json.dumps({'BaseResponse': {'Ret': 1101, 'ErrMsg': ''}})
+                    ),
+                )
+            if 'wxsid=sid%d' % self.logins not in headers.get('Cookie', '') and host.endswith(
+                self.cookies_for
+            ):
                 self.faults.append('%s without the cookies of this login' % name)
             if name in ('synccheck', 'webwxgetcontact', 'webwxlogout'):
                 return 200, {}, answer(query)
             request = json.loads(body) if name != 'webwxuploadmedia' else self.form(headers, body)
             code = code or (0 if request['BaseRequest']['Skey'] == 'skey%d' % self.logins else 1)
-            return 200, {}, json.dumps(dict({'BaseResponse': {'Ret': code, 'ErrMsg': ''}}, **({} if code else answer(request))))
+            return (
+                200,
+                {},
+                json.dumps(
+                    dict({'BaseResponse': {'Ret': code, 'ErrMsg': ''}}, **({} if code else answer(request)))
+                ),
+            )
 
     def check(self, name, query, headers):
         """Note what is wrong with a request to any host."""
@@ -206,26 +262,40 @@ class WeChat(http.server.ThreadingHTTPServer):
             return 'window.code=408;'
         if polls % 3 == 2:
             return 'window.code=201;'
-        return ('window.code=200;\n'
-                'window.redirect_uri="https://%s/cgi-bin/mmwebwx-bin/webwxnewloginpage?ticket=t";' % self.host)
+        return (
+            'window.code=200;\n'
+            'window.redirect_uri="https://%s/cgi-bin/mmwebwx-bin/webwxnewloginpage?ticket=t";' % self.host
+        )
 
     def on_webwxnewloginpage(self, query):
         self.logins += 1
         self.logged_out = False
         cookies = ['wxsid=sid%d', 'wxuin=%d', 'webwx_data_ticket=data%d']
-        return 200, [('Set-Cookie', c % self.logins + '; Domain=%s; Path=/' % self.cookies_for) for c in cookies], (
-            '<error><ret>0</ret><skey>skey%d</skey><wxsid>sid%d</wxsid><wxuin>%d</wxuin>'
-            '<pass_ticket>pass%d</pass_ticket></error>' % ((self.logins,) * 4))
+        return (
+            200,
+            [('Set-Cookie', c % self.logins + '; Domain=%s; Path=/' % self.cookies_for) for c in cookies],
+            (
+                '<error><ret>0</ret><skey>skey%d</skey><wxsid>sid%d</wxsid><wxuin>%d</wxuin>'
+                '<pass_ticket>pass%d</pass_ticket></error>' % ((self.logins,) * 4)
+            ),
+        )
 
     def on_webwxinit(self, request):
-        return {'User': self.contact(self.owner), 'SyncKey': self.keys(), 'ContactList': [], 'InviteStartCount': 0}
+        return {
+            'User': self.contact(self.owner),
+            'SyncKey': self.keys(),
+            'ContactList': [],
+            'InviteStartCount': 0,
+        }
 
     def on_webwxstatusnotify(self, request):
         return {'MsgID': '1'}
 
     def on_webwxgetcontact(self, query):
         members = [self.contact(name) for name in (*self.friends, self.public)]
-        return json.dumps({'BaseResponse': {'Ret': 0}, 'MemberList': members, 'MemberCount': len(members), 'Seq': 0})
+        return json.dumps(
+            {'BaseResponse': {'Ret': 0}, 'MemberList': members, 'MemberCount': len(members), 'Seq': 0}
+        )
 
     def on_webwxbatchgetcontact(self, request):
         group = dict(self.contact(self.group), MemberList=[self.contact('B')])
@@ -239,15 +309,27 @@ class WeChat(http.server.ThreadingHTTPServer):
         return 'window.synccheck={retcode:"0",selector:"%d"}' % (2 if len(self.messages) > has else 0)
 
     def on_webwxsync(self, request):
-        messages = self.messages[request['SyncKey']['List'][0]['Val']:]
-        return {'AddMsgList': messages, 'ModContactList': [], 'SyncKey': self.keys(), 'SyncCheckKey': self.keys()}
+        messages = self.messages[request['SyncKey']['List'][0]['Val'] :]
+        self.seen = len(self.messages)
+        self.changed.notify_all()
+        return {
+            'AddMsgList': messages,
+            'ModContactList': [],
+            'SyncKey': self.keys(),
+            'SyncCheckKey': self.keys(),
+        }
 
     def on_webwxsendmsg(self, request):
-        names = {self.address(name): name for name in (*self.friends, self.owner, self.public, 'filehelper', self.group)}
+        names = {
+            self.address(name): name
+            for name in (*self.friends, self.owner, self.public, 'filehelper', self.group)
+        }
         message = request['Msg']
         if message['FromUserName'] != self.address(self.owner) or message['ToUserName'] not in names:
             self.faults.append('a message from or to nobody: %r' % message)
-        self.sent.append((names.get(message['ToUserName']), message.get('Content') or self.uploads[message['MediaId']]))
+        self.sent.append(
+            (names.get(message['ToUserName']), message.get('Content') or self.uploads[message['MediaId']])
+        )
         number = str(next(self.numbers))
         self.come_back(message, number)
         self.changed.notify_all()
@@ -261,8 +343,14 @@ class WeChat(http.server.ThreadingHTTPServer):
     def form(self, headers, body):
         """Return the JSON in an upload, with the file's bytes as 'file'."""
         parts = email.message_from_bytes(b'Content-Type: %s\n\n' % headers['Content-Type'].encode() + body)
-        fields = {p.get_param('name', header='Content-Disposition'): p.get_payload(decode=True) for p in parts.get_payload()}
-        if fields['webwx_data_ticket'] != b'data%d' % self.logins or fields['pass_ticket'] != b'pass%d' % self.logins:
+        fields = {
+            p.get_param('name', header='Content-Disposition'): p.get_payload(decode=True)
+            for p in parts.get_payload()
+        }
+        if (
+            fields['webwx_data_ticket'] != b'data%d' % self.logins
+            or fields['pass_ticket'] != b'pass%d' % self.logins
+        ):
             self.faults.append('an upload without its tickets')
         return dict(json.loads(fields['uploadmediarequest']), file=fields['filename'])
 
@@ -279,16 +367,26 @@ class WeChat(http.server.ThreadingHTTPServer):
 
 class FileHelper(WeChat):
     """The web page of 文件传输助手, for one account: the same protocol but for what stands here."""
+
     login_host, file_host = 'login.wx2.qq.com', 'file.wx2.qq.com'
     host = sync_host = 'szfilehelper.weixin.qq.com'
     friends, public, cookies_for = (), 'nobody', '.weixin.qq.com'
 
     def check(self, name, query, headers):
-        wanted = {'jslogin': {'appid': 'wx_webfilehelper', 'redirect_uri':
-                              'https://szfilehelper.weixin.qq.com/cgi-bin/mmwebwx-bin/webwxnewloginpage'},
-                  'login': {'appid': 'wx_webfilehelper'}, 'webwxnewloginpage': {'fun': 'new', 'version': 'v2', 'ticket': 't'},
-                  'synccheck': {'mmweb_appid': 'wx_webfilehelper'}}.get(name, {})
-        if headers.get('mmweb_appid') != 'wx_webfilehelper' or 'extspam' in headers or not wanted.items() <= query.items():
+        wanted = {
+            'jslogin': {
+                'appid': 'wx_webfilehelper',
+                'redirect_uri': 'https://szfilehelper.weixin.qq.com/cgi-bin/mmwebwx-bin/webwxnewloginpage',
+            },
+            'login': {'appid': 'wx_webfilehelper'},
+            'webwxnewloginpage': {'fun': 'new', 'version': 'v2', 'ticket': 't'},
+            'synccheck': {'mmweb_appid': 'wx_webfilehelper'},
+        }.get(name, {})
+        if (
+            headers.get('mmweb_appid') != 'wx_webfilehelper'
+            or 'extspam' in headers
+            or not wanted.items() <= query.items()
+        ):
             self.faults.append('%s as for web WeChat: %r' % (name, query))
         if name in ('webwxgetcontact', 'webwxbatchgetcontact', 'webwxpushloginurl'):
             self.faults.append(name)
@@ -297,7 +395,8 @@ class FileHelper(WeChat):
         return {'User': self.contact(self.owner), 'SyncKey': self.keys()}
 
     def on_webwxsync(self, request):
-        return {'AddMsgList': self.messages[request['SyncKey']['List'][0]['Val']:], 'SyncKey': self.keys()}
+        answer = super().on_webwxsync(request)
+        return {'AddMsgList': answer['AddMsgList'], 'SyncKey': answer['SyncKey']}
 
     def come_back(self, message, number):
         if message['ToUserName'] != 'filehelper':
@@ -316,6 +415,7 @@ class FileHelper(WeChat):
 
 class Answerer(http.server.BaseHTTPRequestHandler):
     """Reads one connection's requests and lets the server answer them."""
+
     protocol_version = 'HTTP/1.1'
     disable_nagle_algorithm = True
 
@@ -344,8 +444,13 @@ class Answerer(http.server.BaseHTTPRequestHandler):
         if fault in (500, 429):
             return self.answer(fault, {}, '')
         status, headers, answer = self.server.respond(
-            url.hostname or self.host, url.path, dict(urllib.parse.parse_qsl(url.query)), self.headers, body,
-            fault if isinstance(fault, int) else 0)
+            url.hostname or self.host,
+            url.path,
+            dict(urllib.parse.parse_qsl(url.query)),
+            self.headers,
+            body,
+            fault if isinstance(fault, int) else 0,
+        )
         if fault == 'mute':
             raise ConnectionError('done, but not said by the test')
         if fault == 'late':  # the client has the message before the answer that tells its number
@@ -378,22 +483,44 @@ class Answerer(http.server.BaseHTTPRequestHandler):
 class Program:
     """wechat_train.py, or another script that uses utils, in a subprocess and a folder of its own."""
 
-    def __init__(self, folder, *args, env=None, script=os.path.join(HERE, 'wechat_train.py'), python=(), preexec_fn=None):
+    def __init__(
+        self,
+        folder,
+        *args,
+        env=None,
+        script=os.path.join(HERE, 'wechat_train.py'),
+        python=(),
+        preexec_fn=None,
+    ):
         self.log = os.path.join(folder, 'output.txt')
-        env = dict(os.environ, PYTHONPATH=HERE, PYTHONUNBUFFERED='1', PYTHONIOENCODING='utf-8',
-                   MXNET_HOME=str(folder), **(env or {}))
+        env = dict(
+            os.environ,
+            PYTHONPATH=HERE,
+            PYTHONUNBUFFERED='1',
+            PYTHONIOENCODING='utf-8',
+            MXNET_HOME=str(folder),
+            **(env or {}),
+        )
         with open(self.log, 'wb') as log:
-            self.process = subprocess.Popen([sys.executable, *python, script, *args], cwd=folder, env=env, text=True,
-                                            stdin=subprocess.PIPE, stdout=log, stderr=log, preexec_fn=preexec_fn)
+            self.process = subprocess.Popen(
+                [sys.executable, *python, script, *args],
+                cwd=folder,
+                env=env,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                preexec_fn=preexec_fn,
+            )
 
     def output(self):
         with open(self.log, encoding='utf-8', errors='replace') as log:
             return log.read()
 
-    def wait_output(self, text):
-        """Wait until the program has printed `text`."""
+    def wait_output(self, text, times=1):
+        """Wait until the program has printed `text`, so many times."""
         deadline = time.monotonic() + DEADLINE
-        while text not in self.output():
+        while self.output().count(text) < times:
             assert time.monotonic() < deadline and self.process.poll() is None, 'waited in vain for ' + text
             time.sleep(0.02)
 
@@ -409,6 +536,12 @@ class Program:
         self.process.kill()
         self.process.wait()
         print(self.output())  # shown by pytest when the test fails
+
+
+@pytest.fixture(scope='session', autouse=True)
+def one_thread():
+    """Let the programs compute with one thread: two wait for each other when the machine is busy."""
+    os.environ['OMP_NUM_THREADS'] = '1'
 
 
 @pytest.fixture
@@ -485,8 +618,15 @@ def test_demo_images_are_ten_kinds_and_always_the_same():
     assert np.array_equal(images, again) and not np.array_equal(images, other)
 
 
-@pytest.mark.parametrize('damage', [lambda b: b[:len(b) // 2], lambda b: b'<html>' + b, lambda b: b[:3],
-                                    lambda b: gzip.compress(gzip.decompress(b)[:-1])])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b'<html>' + b,
+        lambda b: b[:3],
+        lambda b: gzip.compress(gzip.decompress(b)[:-1]),
+    ],
+)
 def test_damaged_file_is_recognised(images, damage):
     path = os.path.join(images, 't10k-labels-idx1-ubyte.gz')
     with open(path, 'rb') as f:
@@ -498,7 +638,9 @@ def test_damaged_file_is_recognised(images, damage):
         utils.read_idx(path)
 
 
-def test_download_goes_on_at_the_next_mirror_and_fetches_damaged_files_again(wechat, images, tmp_path, monkeypatch):
+def test_download_goes_on_at_the_next_mirror_and_fetches_damaged_files_again(
+    wechat, images, tmp_path, monkeypatch
+):
     for key, value in dict(wechat.env(), MXNET_HOME=str(tmp_path)).items():
         monkeypatch.setenv(key, value)
     first, second = (urllib.parse.urlsplit(mirror) for mirror in utils.MIRRORS)
@@ -524,7 +666,7 @@ def test_download_goes_on_at_the_next_mirror_and_fetches_damaged_files_again(wec
     wechat.faults.clear()  # the 404s of the mirrors
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 10 ** 6))
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
 def test_accuracy_equals_numpy(n, classes, seed):
     rng = np.random.RandomState(seed)
@@ -536,7 +678,10 @@ def test_accuracy_equals_numpy(n, classes, seed):
 
 def test_evaluate_accuracy_equals_numpy_with_a_smaller_last_batch():
     rng = np.random.RandomState(0)
-    images, labels = rng.randint(256, size=(103, 28, 28)).astype(np.uint8), rng.randint(10, size=103).astype(np.uint8)
+    images, labels = (
+        rng.randint(256, size=(103, 28, 28)).astype(np.uint8),
+        rng.randint(10, size=103).astype(np.uint8),
+    )
     net = nn.Dense(10)
     net.initialize()
     outputs = net(nd.array(images[:, None] / 255, dtype='float32')).asnumpy()
@@ -552,33 +697,79 @@ def cnn(net, layers):
 
 NETWORKS = {
     'the tutorial': lambda: (
-        nn.Conv2D(channels=20, kernel_size=5, activation='relu'), nn.MaxPool2D(pool_size=2, strides=2),
-        nn.Conv2D(channels=50, kernel_size=3, activation='relu'), nn.MaxPool2D(pool_size=2, strides=2),
-        nn.Flatten(), nn.Dense(128, activation='relu'), nn.Dense(10)),
+        nn.Conv2D(channels=20, kernel_size=5, activation='relu'),
+        nn.MaxPool2D(pool_size=2, strides=2),
+        nn.Conv2D(channels=50, kernel_size=3, activation='relu'),
+        nn.MaxPool2D(pool_size=2, strides=2),
+        nn.Flatten(),
+        nn.Dense(128, activation='relu'),
+        nn.Dense(10),
+    ),
     'few and many channels': lambda: (
-        nn.Conv2D(3, 3, activation='tanh'), nn.MaxPool2D(), nn.Conv2D(40, 3, use_bias=False, activation='relu'),
-        nn.MaxPool2D(3, 2, 1), nn.Conv2D(32, 3, padding=1), nn.MaxPool2D(2), nn.Dense(10)),
+        nn.Conv2D(3, 3, activation='tanh'),
+        nn.MaxPool2D(),
+        nn.Conv2D(40, 3, use_bias=False, activation='relu'),
+        nn.MaxPool2D(3, 2, 1),
+        nn.Conv2D(32, 3, padding=1),
+        nn.MaxPool2D(2),
+        nn.Dense(10),
+    ),
     'other neighbours': lambda: (
-        nn.Conv2D(6, 3), nn.BatchNorm(), nn.Activation('relu'), nn.MaxPool2D(), nn.MaxPool2D(), nn.Conv2D(20, 3),
-        nn.MaxPool2D(2, 1), nn.AvgPool2D(), nn.Dense(10)),
+        nn.Conv2D(6, 3),
+        nn.BatchNorm(),
+        nn.Activation('relu'),
+        nn.MaxPool2D(),
+        nn.MaxPool2D(),
+        nn.Conv2D(20, 3),
+        nn.MaxPool2D(2, 1),
+        nn.AvgPool2D(),
+        nn.Dense(10),
+    ),
     'filters left over': lambda: (
-        nn.Conv2D(18, (3, 4), padding=1, activation='relu'), nn.MaxPool2D(3, 2), nn.Conv2D(21, (2, 3), activation='relu'),
-        nn.MaxPool2D((1, 2)), nn.Conv2D(33, 2, use_bias=False, strides=2, activation='sigmoid'), nn.MaxPool2D(2, 1),
-        nn.Conv2D(17, 1), nn.MaxPool2D(1), nn.Dense(10)),
+        nn.Conv2D(18, (3, 4), padding=1, activation='relu'),
+        nn.MaxPool2D(3, 2),
+        nn.Conv2D(21, (2, 3), activation='relu'),
+        nn.MaxPool2D((1, 2)),
+        nn.Conv2D(33, 2, use_bias=False, strides=2, activation='sigmoid'),
+        nn.MaxPool2D(2, 1),
+        nn.Conv2D(17, 1),
+        nn.MaxPool2D(1),
+        nn.Dense(10),
+    ),
     'groups, and the pool at the end': lambda: (
-        nn.Conv2D(8, 3, activation='relu'), nn.MaxPool2D(), nn.Conv2D(10, 3, groups=2), nn.MaxPool2D(),
-        nn.Conv2D(10, 3, activation='relu'), nn.MaxPool2D(3)),
-    'unknown channels': lambda: (nn.BatchNorm(), *two_convolutions())}
+        nn.Conv2D(8, 3, activation='relu'),
+        nn.MaxPool2D(),
+        nn.Conv2D(10, 3, groups=2),
+        nn.MaxPool2D(),
+        nn.Conv2D(10, 3, activation='relu'),
+        nn.MaxPool2D(3),
+    ),
+    'unknown channels': lambda: (nn.BatchNorm(), *two_convolutions()),
+}
 
 
 def two_convolutions(first={}, pool={}, after={}):
-    return (nn.Conv2D(20, **{'kernel_size': 3, **first}), nn.MaxPool2D(**{'pool_size': 3, 'strides': 2, **pool}),
-            nn.Conv2D(20, **{'kernel_size': 3, **after}), nn.MaxPool2D(2, 1), nn.Dense(10))
+    return (
+        nn.Conv2D(20, **{'kernel_size': 3, **first}),
+        nn.MaxPool2D(**{'pool_size': 3, 'strides': 2, **pool}),
+        nn.Conv2D(20, **{'kernel_size': 3, **after}),
+        nn.MaxPool2D(2, 1),
+        nn.Dense(10),
+    )
 
 
-for options in ({'first': {'dilation': 2}}, {'first': {'strides': 2}}, {'first': {'padding': 2}}, {'pool': {'padding': 1}},
-                {'pool': {'ceil_mode': True}}, {'after': {'dilation': 2}}, {'after': {'padding': 1}},
-                {'after': {'strides': 2}}, {'after': {'kernel_size': 5}}, {'after': {'groups': 2}}):
+for options in (
+    {'first': {'dilation': 2}},
+    {'first': {'strides': 2}},
+    {'first': {'padding': 2}},
+    {'pool': {'padding': 1}},
+    {'pool': {'ceil_mode': True}},
+    {'after': {'dilation': 2}},
+    {'after': {'padding': 1}},
+    {'after': {'strides': 2}},
+    {'after': {'kernel_size': 5}},
+    {'after': {'groups': 2}},
+):
     NETWORKS[str(options)] = functools.partial(two_convolutions, **options)
 
 
@@ -587,7 +778,10 @@ def test_speed_up_changes_neither_outputs_nor_gradients_nor_parameters(layers, t
     differences = []
     for seed in range(3):
         mx.random.seed(seed)
-        fast, plain = cnn(nn.HybridSequential(prefix='net_'), layers), cnn(nn.Sequential(prefix='net_'), layers)
+        fast, plain = (
+            cnn(nn.HybridSequential(prefix='net_'), layers),
+            cnn(nn.Sequential(prefix='net_'), layers),
+        )
         utils.speed_up(fast)
         fast.initialize()
         rng = np.random.RandomState(seed)
@@ -601,14 +795,21 @@ def test_speed_up_changes_neither_outputs_nor_gradients_nor_parameters(layers, t
                 output = net(data)
                 loss = gluon.loss.SoftmaxCrossEntropyLoss()(output.reshape((20, 10)), label)
             loss.backward()
-            gradients.append({name: p.grad().asnumpy()
-                              for name, p in net.collect_params('.*(weight|bias|gamma|beta)').items()})
+            gradients.append(
+                {
+                    name: p.grad().asnumpy()
+                    for name, p in net.collect_params('.*(weight|bias|gamma|beta)').items()
+                }
+            )
             outputs.append(output.asnumpy())
         assert outputs[0].shape == outputs[1].shape and np.abs(outputs[0] - outputs[1]).max() < 1e-5
         assert [(name, array.shape) for name, array in gradients[0].items()] == [
-            (name, array.shape) for name, array in gradients[1].items()]
-        differences.append(max(np.abs(array - gradients[1][name]).max() for name, array in gradients[0].items()))
-    # Where rounding decides which of two pixels is the maximum, the gradient goes to another one: once in 30 times.
+            (name, array.shape) for name, array in gradients[1].items()
+        ]
+        differences.append(
+            max(np.abs(array - gradients[1][name]).max() for name, array in gradients[0].items())
+        )
+    # Where rounding decides which of two pixels is the maximum, the gradient goes to another one: 1 in 30.
     assert sorted(differences)[1] < 1e-5
 
 
@@ -618,43 +819,98 @@ def test_speed_up_computes_the_tutorials_network_in_blocks_of_16():
     net.initialize()
     net(nd.zeros((1, 1, 28, 28)))
     nodes = json.loads(net._cached_graph[1].tojson())['nodes']
-    assert sorted((node['attrs']['kernel'], node['attrs']['num_filter']) for node in nodes if node['op'] == 'Convolution'
-                  ) == [('(3, 1)', '64'), ('(3, 3)', '64'), ('(5, 5)', '16'), ('(5, 9)', '16')]
+    assert sorted(
+        (node['attrs']['kernel'], node['attrs']['num_filter'])
+        for node in nodes
+        if node['op'] == 'Convolution'
+    ) == [('(3, 1)', '64'), ('(3, 3)', '64'), ('(5, 5)', '16'), ('(5, 9)', '16')]
 
 
-def test_mxnet_is_set_up_for_speed_and_the_users_settings_win_and_it_is_not_imported_early():
-    code = 'import wechat_train, os, sys; print("mxnet" in sys.modules, *map(os.environ.get, ("MXNET_ENGINE_TYPE", "OMP_NUM_THREADS")))'
-    env = {k: v for k, v in os.environ.items() if k not in ('MXNET_ENGINE_TYPE', 'OMP_NUM_THREADS')}
-    said = [subprocess.run([sys.executable, '-c', code], cwd=HERE, env=dict(env, **own), capture_output=True, text=True).stdout
-            for own in ({}, {'MXNET_ENGINE_TYPE': 'ThreadedEngine', 'OMP_NUM_THREADS': '3'})]
-    assert said == ['False NaiveEngine %d\n' % len(os.sched_getaffinity(0)), 'False ThreadedEngine 3\n']
+def test_mxnet_is_set_up_for_speed_and_the_users_settings_win():
+    names = 'MXNET_ENGINE_TYPE', 'OMP_NUM_THREADS'
+    code = f'import wechat_train, os; print(*map(os.environ.get, {names}))'
+    env = {k: v for k, v in os.environ.items() if k not in names}
+
+    def said(own):
+        done = subprocess.run(
+            [sys.executable, '-c', code], cwd=HERE, env={**env, **own}, capture_output=True, text=True
+        )
+        return done.stdout
+
+    assert said({}) == 'NaiveEngine %d\n' % len(os.sched_getaffinity(0))
+    assert said({names[0]: 'ThreadedEngine', names[1]: '3'}) == 'ThreadedEngine 3\n'
 
 
 def test_try_gpu_is_the_gpu_when_there_is_one():
     import mxnet as mx
+
     assert utils.try_gpu() == (mx.gpu() if mx.context.num_gpus() else mx.cpu())
 
 
 def test_durations_fit_a_phone():
     assert [utils.duration(s) for s in (0.04, 9.96, 10, 59.7, 61, 3600, 90061)] == [
-        '0.0 秒', '10.0 秒', '10 秒', '1 分 0 秒', '1 分 1 秒', '1 小时 0 分', '25 小时 1 分']
+        '0.0 秒',
+        '10.0 秒',
+        '10 秒',
+        '1 分 0 秒',
+        '1 分 1 秒',
+        '1 小时 0 分',
+        '25 小时 1 分',
+    ]
 
 
 # --------------------------------------------------------------------------- what a person can write
 
-@pytest.mark.parametrize('text, command', [
-    ('继续', 'resume'), ('状态', 'status'), ('plot', 'plot'), ('取消', 'cancel'), ('开始', 'start'), (' start\n', 'start'), ('ＳＴＯＰ', 'stop'), ('停止！', 'stop'), ('参数', 'params'), ('Help', 'help'),
-    ('lr 0.1', [('learning_rate', '0.1')]), ('LR=0.1', [('learning_rate', '0.1')]),
-    ('learning_rate：1e-3', [('learning_rate', '1e-3')]), ('ｌｒ　０．１', [('learning_rate', '0.1')]),
-    ('ti: 5', [('training_iters', '5')]), ('Batch_Size = １２８', [('batch_size', '128')]),
-    ('lr 0.1, ti 5\nbs=128', [('learning_rate', '0.1'), ('training_iters', '5'), ('batch_size', '128')]),
-    ('lr abc', [('learning_rate', 'abc')]), ('lr -1', [('learning_rate', '-1')])])
+
+@pytest.mark.parametrize(
+    'text, command',
+    [
+        ('继续', 'resume'),
+        ('状态', 'status'),
+        ('plot', 'plot'),
+        ('取消', 'cancel'),
+        ('开始', 'start'),
+        (' start\n', 'start'),
+        ('ＳＴＯＰ', 'stop'),
+        ('停止！', 'stop'),
+        ('参数', 'params'),
+        ('Help', 'help'),
+        ('lr 0.1', [('learning_rate', '0.1')]),
+        ('LR=0.1', [('learning_rate', '0.1')]),
+        ('learning_rate：1e-3', [('learning_rate', '1e-3')]),
+        ('ｌｒ　０．１', [('learning_rate', '0.1')]),
+        ('ti: 5', [('training_iters', '5')]),
+        ('Batch_Size = １２８', [('batch_size', '128')]),
+        ('lr 0.1, ti 5\nbs=128', [('learning_rate', '0.1'), ('training_iters', '5'), ('batch_size', '128')]),
+        ('lr abc', [('learning_rate', 'abc')]),
+        ('lr -1', [('learning_rate', '-1')]),
+    ],
+)
 def test_commands(text, command):
     assert utils.parse(text) == command
 
 
-@pytest.mark.parametrize('text', ['', ' ', '开始吃饭', '别停止', 'lr', 'lr 0.1 吗', 'bs 你', '0.1', 'lr 0.1 ti', 'startle',
-                                  'let us start', '[微笑]', '<xml/>', 'lr ' * 10 ** 5, '：', 'filehelper'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        ' ',
+        '开始吃饭',
+        '别停止',
+        'lr',
+        'lr 0.1 吗',
+        'bs 你',
+        '0.1',
+        'lr 0.1 ti',
+        'startle',
+        'let us start',
+        '[微笑]',
+        '<xml/>',
+        'lr ' * 10**5,
+        '：',
+        'filehelper',
+    ],
+)
 def test_small_talk_is_no_command(text):
     assert utils.parse(text) is None
 
@@ -662,15 +918,20 @@ def test_small_talk_is_no_command(text):
 @given(st.text())
 def test_any_text_is_parsed_without_an_error(text):
     command = utils.parse(text)
-    assert command is None or command in utils.WORDS.values() or isinstance(command, list)
+    assert command is None or command in utils.COMMANDS or isinstance(command, list)
 
 
-WRITTEN = st.tuples(st.sampled_from(['lr', 'Learning_Rate', 'ｌｒ', 'TI', 'training_iters', 'bs', 'batch_size']),
-                    st.sampled_from([' ', '=', ' = ', '：', ':', '\u3000', '\n']))
+WRITTEN = st.tuples(
+    st.sampled_from(['lr', 'Learning_Rate', 'ｌｒ', 'TI', 'training_iters', 'bs', 'batch_size']),
+    st.sampled_from([' ', '=', ' = ', '：', ':', '\u3000', '\n']),
+)
 
 
-@given(st.lists(st.tuples(WRITTEN, st.integers(0, 10 ** 6)), min_size=1, max_size=6), st.sampled_from([' ', '，', ', ', '\n', '；']),
-       st.booleans())
+@given(
+    st.lists(st.tuples(WRITTEN, st.integers(0, 10**6)), min_size=1, max_size=6),
+    st.sampled_from([' ', '，', ', ', '\n', '；']),
+    st.booleans(),
+)
 def test_any_way_to_write_numbers_is_read(pairs, between, full_width):
     text = between.join(name + sign + str(value) for (name, sign), value in pairs)
     if full_width:
@@ -679,17 +940,34 @@ def test_any_way_to_write_numbers_is_read(pairs, between, full_width):
         assert [value for _, value in utils.parse(text)] == [str(value) for _, value in pairs]
 
 
-@pytest.mark.parametrize('name, text, value', [
-    ('learning_rate', '0.1', 0.1), ('learning_rate', '.5', 0.5), ('learning_rate', '1e-3', 1e-3), ('learning_rate', '+1', 1),
-    ('learning_rate', '100', 100), ('training_iters', '1', 1), ('training_iters', '007', 7), ('batch_size', '10000', 10000)])
+@pytest.mark.parametrize(
+    'name, text, value',
+    [
+        ('learning_rate', '0.1', 0.1),
+        ('learning_rate', '.5', 0.5),
+        ('learning_rate', '1e-3', 1e-3),
+        ('learning_rate', '+1', 1),
+        ('learning_rate', '100', 100),
+        ('training_iters', '1', 1),
+        ('training_iters', '007', 7),
+        ('batch_size', '10000', 10000),
+    ],
+)
 def test_good_values(name, text, value):
     assert utils.read_value(name, text) == value
 
 
-@pytest.mark.parametrize('name, text', [
-    *(('learning_rate', t) for t in ('abc', '-1', '0', 'nan', 'inf', '1e400', '101', '1_0', '0x1', '1e', '--1', '.')),
-    *(('training_iters', t) for t in ('0', '2.5', '-3', '1e2', '1' * 5000, 'x')),
-    *(('batch_size', t) for t in ('100000', '0', '12.0'))])
+@pytest.mark.parametrize(
+    'name, text',
+    [
+        *(
+            ('learning_rate', t)
+            for t in ('abc', '-1', '0', 'nan', 'inf', '1e400', '101', '1_0', '0x1', '1e', '--1', '.')
+        ),
+        *(('training_iters', t) for t in ('0', '2.5', '-3', '1e2', '1' * 5000, 'x')),
+        *(('batch_size', t) for t in ('100000', '0', '12.0')),
+    ],
+)
 def test_bad_values_are_refused_with_what_is_allowed(name, text):
     with pytest.raises(ValueError, match='例如') as refused:
         utils.read_value(name, text)
@@ -710,9 +988,16 @@ def test_a_session_in_wechat(wechat, images, tmp_path):
         assert wechat.heard()[0].startswith('程序结束前，只有你')
         assert wechat.ask('lr 0.1') == '学习率 lr = 0.1\n轮数 ti = 2\n批量 bs = 256'
         assert wechat.ask('ＢＳ：６４，ti=2') == '学习率 lr = 0.1\n轮数 ti = 2\n批量 bs = 64'
-        for bad, allowed in (('lr abc', '学习率'), ('lr nan', '学习率'), ('ti 2.5', '轮数'), ('bs 100000', '批量')):
+        for bad, allowed in (
+            ('lr abc', '学习率'),
+            ('lr nan', '学习率'),
+            ('ti 2.5', '轮数'),
+            ('bs 100000', '批量'),
+        ):
             answer = wechat.ask(bad)
-            assert bad.split()[1] in answer and allowed in answer and 'bs = 64' in answer and 'ti = 2' in answer
+            assert (
+                bad.split()[1] in answer and allowed in answer and 'bs = 64' in answer and 'ti = 2' in answer
+            )
         assert wechat.ask('停止') == '现在没有训练，发“开始”就开始。'
 
         since = len(wechat.heard())
@@ -724,7 +1009,10 @@ def test_a_session_in_wechat(wechat, images, tmp_path):
         assert texts[1].startswith('已经在训练了')
         assert [t.split('\n')[0] for t in texts[2:5]] == ['第 1/2 轮', '第 2/2 轮', '训练完成']
         wechat.wait_picture(since=since)
-        assert re.fullmatch(r'第 1/2 轮\n损失 \d\.\d+\n训练精度 0\.\d{3}\n测试精度 0\.\d{3}\n用时 .+ 秒，还需约 .+ 秒', texts[2])
+        assert re.fullmatch(
+            r'第 1/2 轮\n损失 \d\.\d+\n训练精度 0\.\d{3}\n测试精度 0\.\d{3}\n用时 .+ 秒，还需约 .+ 秒',
+            texts[2],
+        )
         assert '还需' not in texts[3] and '完成 2/2 轮' in texts[4]
 
         wechat.ask('ti 50 bs 4')
@@ -742,40 +1030,43 @@ def test_a_session_in_wechat(wechat, images, tmp_path):
 def test_only_commands_of_friends_and_of_the_owner_are_answered(wechat, tmp_path):
     with Program(tmp_path, env=wechat.env()) as program:
         wechat.wait(lambda: wechat.receiving)
-        for text in ('你好', 'lr', '开始吃饭了吗', 'bs 你', '<b>开始</b>', '开始\n吃饭', 'x' * 10 ** 6):
+        for text in ('你好', 'lr', '开始吃饭了吗', 'bs 你', '<b>开始</b>', '开始\n吃饭', 'x' * 10**6):
             wechat.says('B', text)
-        wechat.says('nobody', '参数')                   # no friend
-        wechat.says(wechat.public, '参数')              # a public account
+        wechat.says('nobody', '参数')  # no friend
+        wechat.says(wechat.public, '参数')  # a public account
         wechat.says(wechat.group, '%s:\n参数' % wechat.address('B'))
-        wechat.says('A', '参数', to='B')                # the owner to a friend
-        wechat.says('B', '参数', MsgType=3)             # a picture
+        wechat.says('A', '参数', to='B')  # the owner to a friend
+        wechat.says('B', '参数', MsgType=3)  # a picture
         wechat.ask('参数')
-        wechat.says('A', 'help')                        # the owner to filehelper
+        wechat.says('A', 'help')  # the owner to filehelper
         wechat.wait(lambda: wechat.heard('filehelper'))
         assert [name for name, _ in wechat.sent] == ['B', 'B', 'filehelper']
-        assert wechat.sent[1:] == [('B', '学习率 lr = 0.5\n轮数 ti = 2\n批量 bs = 256'), ('filehelper', utils.HELP)]
-        assert '吃饭' not in program.output()           # what is no command is not logged
+        assert wechat.sent[1:] == [
+            ('B', '学习率 lr = 0.5\n轮数 ti = 2\n批量 bs = 256'),
+            ('filehelper', utils.HELP),
+        ]
+        assert '吃饭' not in program.output()  # what is no command is not logged
 
 
 MAIN = """
 if __name__ == '__main__':
     utils.chat_supervisor(nn_train)
-    while utils.chat_goes_on():
-        with utils.session():
-            itchat.auto_login(hotReload=True, **utils.LOGIN)
-            itchat.run()
-    sys.exit(utils.chat_end())
+    itchat.auto_login(hotReload=True)
+    itchat.run()
 """
 
-CRASHING = """
-import itchat, sys, utils
+CRASHING = (
+    """
+import utils, itchat, sys
 
 def nn_train(wechat_name, params):
     utils.lock_start()
     if params[1] == 1:
         raise RuntimeError('the disk is on fire\\nsecond line')
     utils.lock_end(wechat_name)
-""" + MAIN
+"""
+    + MAIN
+)
 
 
 def test_a_crash_is_told_and_the_next_start_works(wechat, tmp_path):
@@ -813,8 +1104,15 @@ def test_a_long_run_from_the_phone(wechat, images, tmp_path):
         wechat.ask('开始')
         wechat.wait_text('第 1/2 轮')
         status = wechat.ask('状态')
-        for line in ('训练中：完成 1/2 轮', r'第 1 轮：损失 \d', r'最好的测试精度 0.\d{3}（第 1 轮）', '已用 .*，还需约',
-                     'lr = 0.1', '设备 ', '主机 ' + re.escape(socket.gethostname())):
+        for line in (
+            '训练中：完成 1/2 轮',
+            r'第 1 轮：损失 \d',
+            r'最好的测试精度 0.\d{3}（第 1 轮）',
+            '已用 .*，还需约',
+            'lr = 0.1',
+            '设备 ',
+            '主机 ' + re.escape(socket.gethostname()),
+        ):
             assert re.search(line, status)
         assert max(len(line) for line in status.split('\n')) < 45 and status.count('\n') < 14
         assert wechat.ask('lr 0.05').startswith('lr：从下一批起生效\n')
@@ -837,7 +1135,7 @@ def test_a_long_run_from_the_phone(wechat, images, tmp_path):
     assert rows[0]['learning_rate'] == '0.1' and 0 < float(rows[0]['test_acc']) < 1
     state = utils.read_checkpoint(str(folder / 'last.zip'))
     assert (state['epoch'], state['batch'], state['params']) == (int(where[2]), int(where[3]), [0.05, 30, 8])
-    assert len(state['losses']) == 375 * int(where[1]) + int(where[3])
+    assert len(state['losses'].points) == 375 * int(where[1]) + int(where[3])
 
     with Program(tmp_path, '--data', images, env=wechat.env()) as program:
         wechat.ready()
@@ -846,30 +1144,15 @@ def test_a_long_run_from_the_phone(wechat, images, tmp_path):
         assert where[0] in wechat.ask('状态')
         wechat.ask('ti %d' % (int(where[1]) + 1))
         answer = wechat.ask('继续')
-        assert where[0].replace('/30', '/%d' % (int(where[1]) + 1)) in answer and 'lr = 0.05' in answer and 'bs = 8' in answer
+        assert (
+            where[0].replace('/30', '/%d' % (int(where[1]) + 1)) in answer
+            and 'lr = 0.05' in answer
+            and 'bs = 8' in answer
+        )
         wechat.wait_text('训练完成', since=since)
         assert '都训练完了' in wechat.ask('继续')
     assert len(list((tmp_path / 'runs').iterdir())) == 1
-    assert len(utils.read_checkpoint(str(folder / 'last.zip'))['losses']) == 375 * (int(where[1]) + 1)
-
-
-def run_here(monkeypatch, nn_train, command, stop_after=None):
-    """Carry out 'start' or 'resume' in this process, stop after so many batches; return the texts sent."""
-    texts, batches = [], []
-    monkeypatch.setattr(utils, 'chat_send', lambda text, name: texts.append(text))
-
-    def batch_loss(loss, batch_loss=utils.batch_loss):
-        batches.append(loss)
-        if len(batches) == stop_after:
-            with utils.lock:
-                utils.stop()
-        return batch_loss(loss)
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, 'batch_loss', batch_loss)
-        with utils.lock:
-            texts.append(utils.obey(command, nn_train, 'filehelper', ''))
-        utils.training.result()
-    return texts
+    assert len(utils.read_checkpoint(str(folder / 'last.zip'))['losses'].points) == 375 * (int(where[1]) + 1)
 
 
 def parameters(path):
@@ -879,28 +1162,54 @@ def parameters(path):
     return {k: v.asnumpy() for k, v in nd.load(os.path.join(os.path.dirname(path), 'net.params')).items()}
 
 
-def test_a_resumed_run_is_the_unbroken_run(images, tmp_path, monkeypatch):
+STOPPING = """
+import utils, itchat, sys, wechat_train
+
+stop_at, batches = int(sys.argv[1]), 0
+utils.parse_args(sys.argv[2:])
+
+def accuracy(output, label, accuracy=utils.accuracy):
+    global batches
+    batches += 1
+    if batches == stop_at:
+        itchat.instance.receive('停止')
+    return accuracy(output, label)
+
+utils.accuracy = accuracy
+utils.chat_supervisor(wechat_train.nn_train)
+itchat.auto_login()
+itchat.run()
+"""
+
+
+def test_a_resumed_run_is_the_unbroken_run(images, tmp_path):
     """Stopped after 20 batches and resumed: parameters, losses, accuracies equal bit for bit."""
-    import wechat_train
+    script = tmp_path / 'stopping.py'
+    script.write_text(STOPPING)
     results = []
-    for name, stop_after in (('unbroken', None), ('broken', 20)):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        for key, value in dict(data_dir=images, learning_rate=0.1, training_iters=2, batch_size=100).items():
-            monkeypatch.setattr(utils, key, value)
-        texts = run_here(monkeypatch, wechat_train.nn_train, 'start', stop_after)
-        if stop_after:
-            assert any('第 1 轮到第 20/30 批' in t for t in texts if isinstance(t, str))
-            monkeypatch.setattr(utils, 'seed', 5)  # of the program when it was started again: for new runs
-            texts = run_here(monkeypatch, wechat_train.nn_train, 'resume')
-            assert utils.new_run().seed == 5
-        assert utils.run.error is None, texts
-        path = utils.run.checkpoint
-        results.append((parameters(path), utils.read_checkpoint(path)))
+    for name, stop_at in (('unbroken', '0'), ('broken', '20')):
+        folder = tmp_path / name
+        folder.mkdir()
+        options = '--console', '--data', images
+        with Program(folder, stop_at, *options, script=str(script)) as program:
+            status, output = program.types('lr 0.1 ti 2 bs 100\n开始\n')
+            assert status == 0 and (stop_at == '0' or '第 1 轮到第 20/30 批' in output)
+        [path] = folder.glob('runs/*/last.zip')
+        if stop_at == '20':
+            with Program(folder, '0', '--seed', '5', *options, script=str(script)) as program:
+                for word, done in (('继续', 1), ('开始', 2)):
+                    program.process.stdin.write(word + '\n')
+                    program.process.stdin.flush()
+                    program.wait_output('训练完成', done)
+                assert program.types('')[0] == 0
+            [other] = set(folder.glob('runs/*/last.zip')) - {path}
+            assert utils.read_checkpoint(str(other))['seed'] == 5  # the program's, for new runs
+        results.append((parameters(str(path)), utils.read_checkpoint(str(path))))
     (whole, whole_state), (broken, broken_state) = results
     assert whole.keys() == broken.keys() and len(whole) == 8
     assert all(np.array_equal(whole[name], broken[name]) for name in whole)
-    assert whole_state['losses'] == broken_state['losses'] and len(whole_state['losses']) == 60
+    assert whole_state['losses'].points == broken_state['losses'].points
+    assert len(whole_state['losses'].points) == 60
     assert [row[:4] for row in whole_state['history']] == [row[:4] for row in broken_state['history']]
 
 
@@ -915,10 +1224,10 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, monkeypatch, capsys):
 
 
 def test_who_may_command(wechat, tmp_path):
-    options = [word for name in ('老王', 'E', 'nobody') for word in ('--supervisor', name)]
+    options = [word for name in ('老王', 'E', 'H', 'nobody') for word in ('--supervisor', name)]
     with Program(tmp_path, *options, env=wechat.env()) as program:
         wechat.wait(lambda: 'webpush.wx2.qq.com/cgi-bin/mmwebwx-bin/synccheck' in wechat.requests)
-        assert '“E”：有 2 个好友' in program.output() and '“nobody”：好友里没有' in program.output()
+        assert '“H”：有 2 个好友' in program.output() and '“nobody”：好友里没有' in program.output()
         for _ in range(3):
             wechat.says('B', 'lr 0.9')
         wechat.says('B', '你好')
@@ -926,15 +1235,18 @@ def test_who_may_command(wechat, tmp_path):
         wechat.says('A', 'lr 0.2')  # the owner may always
         wechat.wait(lambda: wechat.heard('filehelper'))
         assert 'lr = 0.2' in wechat.ask('参数', 'D')
+        assert 'lr = 0.2' in wechat.ask('参数', 'F')  # the owner's remark counts before a nickname
+        assert wechat.ask('参数', 'E').startswith('抱歉')
         assert wechat.heard('B') == ['抱歉，这里的训练由别人监督，你的命令没有执行。']
         assert 'B 不能下命令' in program.output()
 
 
-LINEAR_REGRESSION = """
-import itchat, sys, utils
+LINEAR_REGRESSION = (
+    """
+import utils, itchat, sys
 from mxnet import autograd, gluon, nd
 
-utils.then_command, utils.then_delay = 'echo done > then.txt', float(sys.argv[1])
+utils.options.then, utils.options.then_delay = 'echo done > then.txt', float(sys.argv[1])
 
 def nn_train(wechat_name, params):
     learning_rate, training_iters, batch_size = params
@@ -957,7 +1269,9 @@ def nn_train(wechat_name, params):
         utils.chat_inf(wechat_name, epoch, train_loss, 0, train_data, 0)
         epoch += 1
     utils.lock_end(wechat_name)
-""" + MAIN
+"""
+    + MAIN
+)
 
 
 def test_another_training_function_with_the_tutorials_calls_alone(wechat, tmp_path):
@@ -984,23 +1298,35 @@ def test_another_training_function_with_the_tutorials_calls_alone(wechat, tmp_pa
         assert len(list((tmp_path / 'runs').glob('*/log.csv'))) == 2
 
 
-FULL_REGRESSION = LINEAR_REGRESSION.replace("""
+FULL_REGRESSION = (
+    LINEAR_REGRESSION.replace(
+        """
     epoch = 1
-    while""", """
+    while""",
+        """
     epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)
-    while""").replace("""        train_loss = 0
+    while""",
+    )
+    .replace(
+        """        train_loss = 0
         for data, label in train_data:
-""", """        for data, label in utils.progress(train_data, epoch):
+""",
+        """        for data, label in utils.progress(train_data):
             trainer.set_learning_rate(utils.params()[0])
-""").replace('nd.mean(loss).asscalar()', 'utils.batch_loss(loss)').replace("""
+""",
+    )
+    .replace('nd.mean(loss).asscalar()', 'utils.batch_loss(loss)')
+    .replace(
+        """
         utils.chat_inf(wechat_name, epoch, train_loss, 0, train_data, 0)
         epoch += 1
-""", """
-        if utils.lock_start():
-            utils.chat_inf(wechat_name, epoch, train_loss, 0, train_data, 0)
-            epoch, train_loss = epoch + 1, 0
-        utils.save_checkpoint(net, trainer, epoch, train_loss, 0)
-""")
+""",
+        """
+        utils.chat_inf(wechat_name, epoch, train_loss, 0, train_data, 0)
+        epoch, train_loss, train_acc = utils.save_checkpoint(net, trainer, epoch, train_loss, 0)
+""",
+    )
+)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(wechat, tmp_path):
@@ -1017,7 +1343,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(wech
         wechat.ask('ti 5 lr 50')  # every step makes the error some fifty times larger
         wechat.ask('继续')
         told = wechat.wait_text('训练停下了')
-        assert re.search(r'训练停下了：损失成了 (inf|nan)\n第 2 轮第 \d+/100 批，lr = 50\n可以试试 lr 5，再发“继续”\n', told)
+        assert re.search(
+            r'训练停下了：损失成了 (inf|nan)\n第 2 轮第 \d+/100 批，lr = 50\n可以试试 lr 5，再发“继续”\n',
+            told,
+        )
         after = parameters(str(checkpoint))
         assert all(np.array_equal(before[name], after[name]) for name in before)
         wechat.ask('lr 0.03')
@@ -1026,20 +1355,35 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(wech
         assert '完成 5/5 轮' in wechat.wait_text('训练完成', since=since)
 
 
-def test_parameters_that_are_not_numbers_are_not_kept(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    net = nn.Dense(1, in_units=1)
+NOT_FINITE = """
+import utils, itchat
+from mxnet import gluon, nd
+
+def nn_train(wechat_name, params):
+    net = gluon.nn.Dense(1, in_units=1)
     net.initialize()
     trainer = gluon.Trainer(net.collect_params(), 'sgd')
-    monkeypatch.setattr(utils, 'run', utils.new_run('B'))
-    utils.run.batch = utils.run.batches = 1
+    utils.chat_inf(wechat_name, 1, 0.5, 0.5, [0], 0.5)
     utils.save_checkpoint(net, trainer, 1, 0.5, 0.5)
-    [checkpoint] = tmp_path.glob('runs/*/last.zip')
-    whole = checkpoint.read_bytes()
     net.weight.set_data(nd.array([[float('nan')]]))
-    with pytest.raises(FloatingPointError, match='weight'):
-        utils.save_checkpoint(net, trainer, 1, 0.5, 0.5)
-    assert checkpoint.read_bytes() == whole
+    utils.save_checkpoint(net, trainer, 2, 0.5, 0.5)
+
+utils.parse_args(['--console'])
+utils.chat_supervisor(nn_train)
+itchat.auto_login()
+itchat.run()
+"""
+
+
+def test_parameters_that_are_not_numbers_are_not_kept(tmp_path):
+    script = tmp_path / 'not_finite.py'
+    script.write_text(NOT_FINITE)
+    with Program(tmp_path, script=str(script)) as program:
+        status, output = program.types('开始\n')
+    assert status == 1 and re.search('训练停下了：网络的 .*weight 里有 NaN', output)
+    [checkpoint] = tmp_path.glob('runs/*/last.zip')
+    assert utils.read_checkpoint(str(checkpoint))['epoch'] == 2
+    assert all(np.isfinite(array).all() for array in parameters(str(checkpoint)).values())
 
 
 def test_then_can_be_called_off(wechat, tmp_path):
@@ -1052,7 +1396,7 @@ def test_then_can_be_called_off(wechat, tmp_path):
         wechat.ask('开始')
         wechat.ask('停止')
         wechat.wait_text('训练已停止')
-        assert '没有要取消的' in wechat.ask('取消')     # not after 停止
+        assert '没有要取消的' in wechat.ask('取消')  # not after 停止
         wechat.ask('ti 1')
         wechat.ask('开始')
         assert '3600 秒后执行：echo done' in wechat.wait_text('不要执行就发“取消”')
@@ -1066,10 +1410,110 @@ def test_then_can_be_called_off(wechat, tmp_path):
     assert not (tmp_path / 'then.txt').exists()
 
 
+# ------------------------------------------------------------------------------- the tutorial's script
+
+TUTORIAL = os.path.join(HERE, '..', 'shared', 'reference', 'tutorial.py')  # as published, if it is there
+TUTORIALS_SHAPE = """
+import utils
+from mxnet.gluon import nn
+import itchat
+from mxnet import autograd
+from mxnet import gluon
+from mxnet import nd
+
+def nn_train(wechat_name,params):
+    learning_rate, training_iters, batch_size = params
+    train_data, test_data = utils.load_data_fashion_mnist(batch_size)
+    softmax_cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
+    net = nn.Sequential()
+    net.add(nn.Conv2D(8, 5, activation='relu'), nn.MaxPool2D(2, 2), nn.Flatten(), nn.Dense(10))
+    ctx = utils.try_gpu()
+    net.initialize(ctx=ctx)
+    trainer = gluon.Trainer(net.collect_params(),'sgd',{'learning_rate':learning_rate})
+    epoch = 1
+    while utils.lock_start() and epoch < training_iters:
+        train_loss = 0
+        train_acc = 0
+        for data,label in train_data:
+            label = label.as_in_context(ctx)
+            with autograd.record():
+                output = net(data.as_in_context(ctx))
+                loss = softmax_cross_entropy(output,label)
+            loss.backward()
+            trainer.step(batch_size)
+            train_acc += utils.accuracy(output,label)
+            train_loss += nd.mean(loss).asscalar()
+        test_acc = utils.evaluate_accuracy(test_data, net, ctx)
+        print("Epoch %d. Loss: %f" % (epoch, train_loss/len(train_data)))
+        utils.chat_inf(wechat_name,epoch,train_loss,train_acc,train_data,test_acc)
+        epoch += 1
+    utils.lock_end(wechat_name)
+
+if __name__ == '__main__':
+    utils.chat_supervisor(nn_train)
+    itchat.auto_login(hotReload=True)
+    itchat.run()
+"""
+
+
+@pytest.mark.parametrize('server', [WeChat, FileHelper])
+def test_the_tutorials_own_script(server, images, tmp_path):
+    """Login, a value, epochs and their reports, a session lost and found, 停止 in the middle of an epoch."""
+    text = TUTORIALS_SHAPE
+    if os.path.exists(TUTORIAL):
+        with open(TUTORIAL, encoding='utf-8') as f:
+            text = f.read()
+    text = text.replace('import utils\n', f'import utils\nutils.data_dir = {images!r}\n', 1)
+    if server is FileHelper:
+        text = text.replace("__main__':\n", "__main__':\n    utils.parse_args()\n", 1)
+    script = tmp_path / 'tutorial.py'
+    script.write_text(text)
+    phone, who = server(str(tmp_path)), 'B' if server is WeChat else 'filehelper'
+    options = ['--filehelper'] if server is FileHelper else []
+    with Program(tmp_path, *options, env=phone.env(), script=str(script)) as program:
+        phone.ready()
+        assert 'lr = 0.1' in phone.ask('lr 0.1')
+        phone.ask('ti 3')
+        assert phone.ask('开始').startswith('开始训练')
+        closing = phone.wait_text('训练完成', who)
+        assert '完成 2/3 轮' in closing  # the tutorial's loop ends one epoch early
+        reports = [t for t in phone.heard(who) if isinstance(t, str) and re.match(r'第 \d/3 轮', t)]
+        assert len(reports) == 2
+
+        phone.ask('ti 100000')
+        since = len(phone.heard(who))
+        phone.ask('开始')
+        phone.wait_text('第 1/100000 轮', who, since)
+        with phone.changed:
+            phone.logged_out = True
+            phone.changed.notify_all()
+        program.wait_output('请用微信扫码重新登录')
+        phone.wait(lambda: phone.receiving == 2)
+        since = len(phone.heard(who))
+        phone.wait_text(r'第 \d+/100000 轮', who, since)
+        while not re.search(r'训练中：.*批', phone.ask('状态')):
+            pass
+        so_far = len(phone.heard(who))
+        assert phone.ask('停止') == '好，这一批算完就停。'
+        closing = phone.wait_text('训练已停止', who, so_far)
+        done = int(re.search(r'完成 (\d+)/', closing)[1])
+        told = [
+            int(k)
+            for t in phone.heard(who, since)
+            if isinstance(t, str)
+            for k in re.findall(r'第 (\d+)/100000 轮', t)
+        ]
+        assert max(told) == done  # nothing is reported of the epoch that was cut short
+        assert '空闲' in phone.ask('状态')
+        assert 'Traceback' not in program.output()
+    phone.shutdown()
+    assert phone.faults == []
+
+
 # ------------------------------------------------------------------------------------------- faults
 
 SHORT_TIMEOUTS = """
-import itchat, runpy, sys
+import utils, itchat, runpy, sys
 itchat.config.TIMEOUT = 1, 2
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
@@ -1082,7 +1526,7 @@ def without_fault(name):
 
 @pytest.mark.parametrize('fault', ['drop', 500, 'hang'])
 def test_training_outlives_the_network(wechat, images, tmp_path, fault):
-    """The server is gone until the program has noticed: training goes on, nothing is lost, no scan is needed."""
+    """The server is gone until the program has noticed: training goes on, nothing is lost, no scan."""
     with Program(tmp_path, '--data', images, env=wechat.env(), python=('-c', SHORT_TIMEOUTS)) as program:
         wechat.ready()
         wechat.ask('ti 100000 bs 100')
@@ -1090,7 +1534,7 @@ def test_training_outlives_the_network(wechat, images, tmp_path, fault):
         wechat.wait_text('第 1/100000 轮')
         wechat.breaking = lambda name: fault
         wechat.says('B', 'lr 0.123')
-        program.wait_output('还没有发出去' if fault == 'hang' else '微信断开了')
+        program.wait_output('还没有发给' if fault == 'hang' else '微信断开了')
         [log] = tmp_path.glob('runs/*/log.csv')
         rows = len(log.read_text().splitlines())
         program_rows = lambda: len(log.read_text().splitlines())  # noqa: E731
@@ -1104,9 +1548,11 @@ def test_training_outlives_the_network(wechat, images, tmp_path, fault):
         since = len(wechat.heard())
         assert wechat.ask('停止') == '好，这一批算完就停。'
         closing = wechat.wait_text('训练已停止', since=since)
-        told = [int(k) for text in wechat.heard() if isinstance(text, str) for k in re.findall(r'第 (\d+)/100000 轮', text)]
-        assert sorted(set(told)) == list(range(1, int(re.search(r'完成 (\d+)/', closing)[1]) + 1))  # no report is lost
-        assert fault == 'hang' or any(text.count('/100000 轮') > 1 for text in wechat.heard() if isinstance(text, str))
+        texts = [text for text in wechat.heard() if isinstance(text, str)]
+        told = {k for text in texts for k in re.findall(r'第 (\d+)/100000 轮', text)}
+        left_out = sum(int(n) for text in texts for n in re.findall(r'略去 (\d+) 份报告', text))
+        assert len(told) + left_out == int(re.search(r'完成 (\d+)/', closing)[1])  # none is lost
+        assert fault == 'hang' or any(text.count('/100000 轮') > 1 for text in texts)
         assert wechat.logins == 1 and 'Traceback' not in program.output()
 
 
@@ -1178,14 +1624,21 @@ def test_what_could_not_be_delivered_is_in_the_log_of_the_run(wechat, tmp_path):
         program.process.send_signal(signal.SIGTERM)
         assert program.process.wait(DEADLINE) == 143
         [undelivered] = tmp_path.glob('runs/*/undelivered.txt')
-        told = [int(k) for text in (*filter(lambda t: isinstance(t, str), wechat.heard()), undelivered.read_text('utf-8'))
-                for k in re.findall(r'第 (\d+)/100000 轮', text)]
+        told = [
+            int(k)
+            for text in (
+                *filter(lambda t: isinstance(t, str), wechat.heard()),
+                undelivered.read_text('utf-8'),
+            )
+            for k in re.findall(r'第 (\d+)/100000 轮', text)
+        ]
         done = int(re.search(r'训练已停止\n完成 (\d+)/', undelivered.read_text('utf-8'))[1])
         assert told == list(range(1, done + 1))
 
 
-NEVER_ENDING = LINEAR_REGRESSION.replace('    utils.lock_end', '    threading.Event().wait()\n    utils.lock_end').replace(
-    'import itchat,', 'import threading, itchat,')
+NEVER_ENDING = LINEAR_REGRESSION.replace(
+    '    utils.lock_end', '    threading.Event().wait()\n    utils.lock_end'
+).replace('import utils,', 'import threading, utils,')
 
 
 def test_a_second_signal_ends_at_once(wechat, tmp_path):
@@ -1213,7 +1666,9 @@ def test_ctrl_c_while_the_qr_code_waits(wechat, tmp_path):
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     script = tmp_path / 'regression.py'
-    script.write_text(FULL_REGRESSION.replace('\nutils.then_command', '\nitchat = utils.chat = utils.Console()\nutils.then_command'))
+    script.write_text(
+        FULL_REGRESSION.replace('\nutils.options', "\nutils.parse_args(['--console'])\nutils.options", 1)
+    )
     done = 0
     for i, delay in enumerate((0, 0.003, 0.01, 0.02, 0.05)):
         with Program(tmp_path, '1', script=str(script)) as program:
@@ -1230,16 +1685,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         done = len(state['history'])
 
 
-@pytest.mark.parametrize('page', [
-    '<error><ret>1203</ret><message>为了你的帐号安全，此微信号不能登录网页微信。</message></error>',
-    '<!DOCTYPE html><html><body>503</body></html>', '',
-    '<error><ret>0</ret><skey>s</skey><wxsid>1</wxsid><wxuin>1</wxuin><pass_ticket>p</pass_ticket></error>'])
+@pytest.mark.parametrize(
+    'page',
+    [
+        '<error><ret>1203</ret><message>为了你的帐号安全，此微信号不能登录网页微信。</message></error>',
+        '<!DOCTYPE html><html><body>503</body></html>',
+        '',
+        '<error><ret>0</ret><skey>s</skey><wxsid>1</wxsid><wxuin>1</wxuin><pass_ticket>p</pass_ticket></error>',
+    ],
+)
 def test_a_refused_account_is_told_in_one_line(wechat, tmp_path, page):
     wechat.on_webwxnewloginpage = lambda query: (200, {}, page)  # and no cookies
     with Program(tmp_path, env=wechat.env()) as program:
         assert program.process.wait(DEADLINE) == 1
         last = program.output().splitlines()[-1]
-        assert '微信没有让这个账号登录' in last and '--filehelper' in last and 'Traceback' not in program.output()
+        assert (
+            '微信没有让这个账号登录' in last
+            and '--filehelper' in last
+            and 'Traceback' not in program.output()
+        )
         assert not (tmp_path / 'itchat.pkl').exists()
 
 
@@ -1271,10 +1735,11 @@ def test_the_stored_session_is_private_and_only_a_private_one_is_read(wechat, tm
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             return program.output()
+
     planted = tmp_path / 'planted'
     log_in(1)
     assert stat.S_IMODE(session.stat().st_mode) == 0o600
-    assert 'itchat.pkl' not in log_in(1)              # taken
+    assert 'itchat.pkl' not in log_in(1)  # taken
     session.chmod(0o644)
     assert '改名为 itchat.pkl.bad' in log_in(2) and aside.exists()
     session.write_bytes(b'\x80\x04damaged')
@@ -1296,8 +1761,9 @@ import resource, runpy, sys, utils
 save = utils.save_checkpoint
 
 def save_checkpoint(*args):  # after the first: writing more than this fails as on a full disk
-    save(*args)
+    kept = save(*args)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
+    return kept
 utils.save_checkpoint = save_checkpoint
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
@@ -1308,7 +1774,10 @@ def test_a_full_disk_does_not_end_the_run(images, tmp_path):
     with Program(tmp_path, '--console', '--data', images, python=('-c', DISK_FULL)) as program:
         status, output = program.types('ti 4 bs 100 lr 0.1\n开始\n')
     assert status == 0 and '完成 4/4 轮' in output and 'Traceback' not in output
-    assert len(re.findall('没有写成：.*\n训练继续，以前写的还在', output)) in (1, 2)  # told, but not at every epoch
+    assert len(re.findall('没有写成：.*\n训练继续，以前写的还在', output)) in (
+        1,
+        2,
+    )  # told, but not at every epoch
     [checkpoint] = tmp_path.glob('runs/*/last.zip')
     assert len(utils.read_checkpoint(str(checkpoint))['history']) == 1
     assert not list(tmp_path.glob('runs/*/*.new')) and not list(tmp_path.glob('runs/*/tmp*'))
@@ -1351,15 +1820,21 @@ def test_a_session_in_the_file_transfer_chat(helper, images, tmp_path):
             helper.changed.notify_all()
         program.wait_output('请用微信扫码重新登录')
         helper.wait(lambda: helper.receiving == 2)
-        helper.breaking = lambda name, codes=[1205, 429]: codes.pop() if name == 'webwxsendmsg' and codes else None
+        helper.breaking = lambda name, codes=[1205, 429]: (
+            codes.pop() if name == 'webwxsendmsg' and codes else None
+        )
         assert 'lr = 0.3' in helper.ask('lr 0.3')
         assert 'Traceback' not in program.output()
 
 
-OWN_WORDS = LINEAR_REGRESSION.replace('    learning_rate,', """    utils.lock_start()  # after the answer to 开始
+OWN_WORDS = LINEAR_REGRESSION.replace(
+    '    learning_rate,',
+    """    utils.lock_start()  # after the answer to 开始
     for _ in range(20):
-        utils.chat_send('参数', wechat_name)  # words that are a command
-    learning_rate,""", 1).replace('utils.chat_supervisor', 'utils.filehelper = True\n    utils.chat_supervisor')
+        utils.chat_send('参数')  # words that are a command
+    learning_rate,""",
+    1,
+).replace('utils.chat_supervisor', "utils.parse_args(['--filehelper'])\n    utils.chat_supervisor")
 
 
 @pytest.mark.parametrize('fault', [None, 'mute', 'late'])
@@ -1395,12 +1870,27 @@ def test_refusals_of_the_file_transfer_chat(helper, tmp_path):
 
 # ------------------------------------------------------------------------- whatever people write
 
-NUMBERS = st.one_of(st.integers().map(str), st.floats().map(str), st.decimals().map(str), st.fractions().map(str),
-                    st.sampled_from(['0x10', '1e999', '-0', '٣', '五', '1_000', '½', '∞']))
+NUMBERS = st.one_of(
+    st.integers().map(str),
+    st.floats().map(str),
+    st.decimals().map(str),
+    st.fractions().map(str),
+    st.sampled_from(['0x10', '1e999', '-0', '٣', '五', '1_000', '½', '∞']),
+)
 TEXTS = st.one_of(
-    st.text(), st.text(st.characters(categories=['So', 'Cc', 'Cf', 'Zs'])), st.builds('<msg>{}</msg>'.format, st.text()),
-    st.builds('{}{}{}'.format, st.sampled_from(['lr', 'ti', 'bs', 'LR', '学习率']), st.sampled_from([' ', '=', '：', '']), NUMBERS),
-    st.sampled_from(['开始 ', '停', '继续吗', '取消关注', '状态不好', 'start it', '帮助我', '&lt;br/&gt;', 'x' * 10 ** 4]))
+    st.text(),
+    st.text(st.characters(categories=['So', 'Cc', 'Cf', 'Zs'])),
+    st.builds('<msg>{}</msg>'.format, st.text()),
+    st.builds(
+        '{}{}{}'.format,
+        st.sampled_from(['lr', 'ti', 'bs', 'LR', '学习率']),
+        st.sampled_from([' ', '=', '：', '']),
+        NUMBERS,
+    ),
+    st.sampled_from(
+        ['开始 ', '停', '继续吗', '取消关注', '状态不好', 'start it', '帮助我', '&lt;br/&gt;', 'x' * 10**4]
+    ),
+)
 
 
 def test_ten_thousand_messages_are_answered_only_if_they_are_commands(wechat, tmp_path):
@@ -1409,8 +1899,13 @@ def test_ten_thousand_messages_are_answered_only_if_they_are_commands(wechat, tm
         sent = [0]
 
         @given(st.lists(TEXTS, min_size=200, max_size=200))
-        @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None,
-                  phases=[Phase.generate])
+        @settings(
+            max_examples=50,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            phases=[Phase.generate],
+        )
         def talk(texts):
             texts = [t for t in texts if not isinstance(utils.parse(t), str)]  # no 开始 here
             so_far = len(wechat.heard())
@@ -1419,10 +1914,14 @@ def test_ten_thousand_messages_are_answered_only_if_they_are_commands(wechat, tm
             wechat.says('B', '帮助')
             wechat.wait_text('取消：', since=so_far)
             # What arrives is what a person sees: WeChat's own marks in a text have been read.
-            arrived = [html.unescape(html.escape(t, quote=False).replace('\n', '<br/>').replace('<br/>', '\n')) for t in texts]
+            arrived = [
+                html.unescape(html.escape(t, quote=False).replace('\n', '<br/>').replace('<br/>', '\n'))
+                for t in texts
+            ]
             commands = [utils.parse(t) for t in arrived]
             assert len(wechat.heard()) - so_far - 1 == sum(c is not None for c in commands)
             sent[0] += len(texts)
+
         wechat.says('B', '\U0001f600' * 250000)  # a megabyte
         talk()
         assert sent[0] > 9000
@@ -1435,13 +1934,21 @@ def test_ten_thousand_messages_are_answered_only_if_they_are_commands(wechat, tm
 def test_start_and_stop_two_hundred_times(wechat, tmp_path):
     """And with a lock that is held for a while: never two runs, never a lost answer."""
     script = tmp_path / 'counting.py'
-    script.write_text(LINEAR_REGRESSION.replace('    learning_rate,', """    global alive
+    script.write_text(
+        LINEAR_REGRESSION.replace(
+            '    learning_rate,',
+            """    global alive
     alive += 1
     assert alive == 1
     with utils.lock:
         time.sleep(0.01)  # messages come while the lock is held
-    learning_rate,""", 1).replace('    utils.lock_end', '    alive -= 1\n    utils.lock_end').replace(
-        'import itchat,', 'import time, itchat,').replace('def nn_train', 'alive = 0\n\ndef nn_train'))
+    learning_rate,""",
+            1,
+        )
+        .replace('    utils.lock_end', '    alive -= 1\n    utils.lock_end')
+        .replace('import utils,', 'import time, utils,')
+        .replace('def nn_train', 'alive = 0\n\ndef nn_train')
+    )
     with Program(tmp_path, '3600', env=wechat.env(), script=str(script)) as program:
         wechat.ready()
         wechat.ask('ti 100000')
@@ -1450,14 +1957,24 @@ def test_start_and_stop_two_hundred_times(wechat, tmp_path):
             wechat.says('B', '开始')
             wechat.says('B', '停止')
         answers = r'\A(开始训练|已经在训练了|上一次训练正在收尾|好，这一批|现在没有训练|已经在停了)'
-        wechat.wait(lambda: sum(bool(re.match(answers, t)) for t in wechat.heard('B', so_far) if isinstance(t, str)) == 400)
+        wechat.wait(
+            lambda: (
+                sum(bool(re.match(answers, t)) for t in wechat.heard('B', so_far) if isinstance(t, str))
+                == 400
+            )
+        )
         started = sum(t.startswith('开始训练') for t in wechat.heard('B', so_far) if isinstance(t, str))
-        wechat.wait(lambda: sum(t.startswith('训练已停止') for t in wechat.heard('B', so_far) if isinstance(t, str)) == started)
+        wechat.wait(
+            lambda: (
+                sum(t.startswith('训练已停止') for t in wechat.heard('B', so_far) if isinstance(t, str))
+                == started
+            )
+        )
         assert started >= 1 and 'Traceback' not in program.output()
 
 
 MEASURING = """
-import resource, threading, time, os, sys, utils, wechat_train
+import resource, threading, time, os, sys, utils, itchat, wechat_train
 from mxnet import nd
 
 def state():
@@ -1466,18 +1983,18 @@ def state():
     return threading.active_count(), len(os.listdir('/proc/self/fd')), memory
 
 arrays = utils.draw_garments(8, 0) * 2
-utils._arrays = lambda folder: arrays
+utils.read_arrays = lambda source: arrays
 utils.data_dir, utils.batch_size, utils.learning_rate = utils.DEMO, 4, 0.01
-utils.chat = utils.Console()
+utils.parse_args(['--console'])
 utils.chat_supervisor(wechat_train.nn_train)
-utils.set_online(True)
+itchat.auto_login()
 for i in range(516):
     if i == 500:
         arrays, utils.batch_size = utils.draw_garments(256, 0) * 2, 256
     for text in ('ti %d' % (1 + i % 2 * 1000), '开始') + ('停止',) * (i % 2):
-        utils.chat.handler({'Text': text, 'FromUserName': 'filehelper', 'User': {'UserName': 'filehelper'}})
-    utils.training.result()
-    utils.wait_for_mail()
+        itchat.instance.receive(text)
+    utils.wait_for_training()
+    utils.mail.wait()
     if i in (99, 499, 503, 515):
         print('STATE', *state())
 """
@@ -1491,7 +2008,7 @@ def test_five_hundred_runs_leave_nothing_behind(tmp_path):
         states = [[float(x) for x in row.split()] for row in re.findall('STATE (.*)', program.output())]
     assert len({(threads, files) for threads, files, _ in states}) == 1
     few, many, large, larger = [memory for _, _, memory in states]  # MB; the allocator keeps some
-    assert many < few + 60      # a thread for every run would cost 2,000
+    assert many < few + 60  # a thread for every run would cost 2,000
     assert larger < large + 90  # the networks of six runs, not freed at once, 350
 
 
@@ -1503,7 +2020,10 @@ def test_the_demo_trains_to_the_end_without_wechat(tmp_path):
         status, output = program.types('ti 2\n你好\n开始\n')
     assert status == 0
     reports = re.findall(r'(.*)\n第 (\d)/2 轮', output)
-    assert reports == [('演示数据：程序画的图，不是 Fashion-MNIST', '1'), ('演示数据：程序画的图，不是 Fashion-MNIST', '2')]
+    assert reports == [
+        ('演示数据：程序画的图，不是 Fashion-MNIST', '1'),
+        ('演示数据：程序画的图，不是 Fashion-MNIST', '2'),
+    ]
     assert '训练完成\n完成 2/2 轮' in output and 'Traceback' not in output
 
 
@@ -1532,7 +2052,7 @@ def test_help_and_wrong_options(tmp_path):
 
 
 def test_an_unsupported_python_is_told_in_one_line(tmp_path):
-    pretend = "import sys; sys.version_info = (3, 13, 0, 'final', 0); exec(open(sys.argv[1], encoding='utf-8').read())"
+    pretend = "import sys; sys.version_info = (3, 13, 0, 'final', 0); exec(open(sys.argv[1]).read())"
     with Program(tmp_path, python=('-c', pretend)) as program:
         status, output = program.types('')
     assert status == 1 and len(output.splitlines()) == 1 and '3.9' in output and '3.13' in output

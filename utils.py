@@ -1,16 +1,35 @@
 """Data, accuracy, the lock and the chat: what stands between a Gluon training loop and WeChat.
 
-Read from top to bottom, in the order in which things happen: the data -> the device -> the lock ->
-what a training loop calls -> its checkpoints -> what a person in the chat can say -> what is done
-about it -> what the answers say -> how words travel -> WeChat's login -> what --filehelper changes.
+Read from top to bottom, in the order in which things happen:
+
+    before MXNet -> the command line -> the data -> the device, the accuracy -> its speed
+    -> what a training loop calls -> class Run -> the files of a run
+    -> class People -> what a person in the chat can say -> class Mail
+    -> class Client, its children WeChat, FileHelper, Terminal -> the client in itchat's place
+
+Three threads work for days. The main thread logs in, receives and answers (clients, commands, People).
+The training thread runs nn_train (everything a training loop calls). The mail thread sends (Mail).
+
+Lock order: `lock` (the run, the three values, the countdown) may be held when `people.guard`, `mail.changed`
+or a client's `echo` is taken, never the other way round; these three are never held together.
 """
+
+import sys
+
+if sys.version_info < (3, 9) or sys.version_info >= (3, 13):
+    sys.exit('需要 Python 3.9 到 3.12，现在是 %d.%d。' % sys.version_info[:2])
+
+import argparse
 import collections
 import concurrent.futures
 import contextlib
 import csv
+import email.utils
+import fcntl
 import functools
 import gc
 import glob
+import grp
 import gzip
 import importlib.util
 import io
@@ -19,6 +38,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import pickle
 import re
 import shutil
@@ -27,15 +47,16 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import traceback
-import types
 import unicodedata
 import urllib.parse
+import weakref
 import zipfile
+from collections.abc import Iterable, Iterator
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 import pooch
@@ -44,24 +65,61 @@ import segno
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+os.environ.pop('ITCHAT_UOS_ASYNC', None)  # its asynchronous half is another program
 with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on the terminal
     import itchat
-    import itchat.components.register
     import itchat.content
+    from itchat.components.contact import update_local_friends
+    from itchat.components.login import sync_check
+    from itchat.components.messages import produce_msg
 
 # ------------------------------------------------------------------------------------- before MXNet
 
-# MXNet is imported by the functions that use it, not here: without it the program asks for the QR code in a
-# quarter of the time. What it reads when it is imported is set here; the user's own settings win.
+# What MXNet reads when it is imported is set here; the user's own settings win. So `import utils` comes
+# before `import mxnet` in every script.
 np.bool = bool  # MXNet 1.9.1 still asks for the name that numpy 1.24 took away
-os.environ.setdefault('OMP_NUM_THREADS', str(len(os.sched_getaffinity(0))))  # else half of the cores: 1.8 times
-if not glob.glob(os.path.join(os.path.dirname(importlib.util.find_spec('mxnet').origin), '..', 'mxnet_cu*')):
-    os.environ.setdefault('MXNET_ENGINE_TYPE', 'NaiveEngine')  # up to 1.04 times; a GPU needs the other engine
+if hasattr(os, 'sched_getaffinity'):  # not on macOS
+    os.environ.setdefault(
+        'OMP_NUM_THREADS', str(len(os.sched_getaffinity(0)))
+    )  # else half of the cores: 1.8 times
+MXNET_FOLDER = os.path.dirname(importlib.util.find_spec('mxnet').origin)
+if not glob.glob(os.path.join(MXNET_FOLDER, '..', 'mxnet_cu*')):
+    os.environ.setdefault(
+        'MXNET_ENGINE_TYPE', 'NaiveEngine'
+    )  # up to 1.04 times; a GPU needs the other engine
+
+PACKAGES = {
+    'libgomp': 'libgomp1',
+    'libquadmath': 'libquadmath0',
+    'libgfortran': 'libgfortran5',
+}  # Debian, Ubuntu
 
 
-def load_mxnet():
-    """Import MXNet before somebody waits for it, and start its engine without the line that it prints then."""
+def explain_missing_library(error: OSError) -> str:
+    """Return in one line which shared library MXNet lacks and which package brings it."""
+    library = re.match(r'(lib[\w+-]+)\.so\S*', str(error))
+    if not library:
+        return f'MXNet 装不进来：{error}'
+    package = PACKAGES.get(library[1])
+    where = (
+        'NVIDIA 的驱动和对应版本的 CUDA'
+        if library[1].startswith(('libcu', 'libnv', 'libnccl'))
+        else '系统的软件包'
+    )
+    hint = f'apt-get install -y {" ".join(sorted(set(PACKAGES.values()) - {"libgfortran5"}))}'
+    return f'MXNet 缺少系统库 {library[0]}：请安装{hint if package else where}。'
+
+
+try:
+    import mxnet as mx
     from mxnet import nd
+    from mxnet.gluon import nn
+except OSError as error:
+    sys.exit(explain_missing_library(error))
+
+
+def start_engine() -> None:
+    """Start MXNet's engine without the line that it prints then."""
     with open(os.devnull, 'w') as devnull:
         stderr = os.dup(2)
         os.dup2(devnull.fileno(), 2)
@@ -70,53 +128,133 @@ def load_mxnet():
         os.close(stderr)
 
 
+start_engine()
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options that every script has that calls parse_args()."""
+    parser = argparse.ArgumentParser(
+        description='训练神经网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。',
+        epilog='退出状态：0 正常；1 登录失败，或终端里训练出错；2 选项不对；130、143 是 Ctrl-C、SIGTERM。',
+    )
+    add = parser.add_argument
+    add('--console', action='store_true', help='不用微信，在终端里输入同样的命令')
+    add('--data', metavar='DIR', help='Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）')
+    add('--demo', action='store_true', help='--console，并用程序自己画的小图：不需要微信，也不需要网络')
+    add(
+        '--filehelper',
+        action='store_true',
+        help='从文件传输助手登录：什么账号都可以，在自己手机的“文件传输助手”里发命令',
+    )
+    add('--seed', type=int, default=0, help='随机种子：种子相同，训练的结果就相同（默认 0）')
+    add(
+        '--supervisor',
+        metavar='NAME',
+        action='append',
+        default=[],
+        help='谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以',
+    )
+    add('--then', metavar='CMD', help='训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown')
+    parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
+    return parser
+
+
+options = make_parser().parse_args([])  # the defaults, for a script that does not call parse_args()
+
+
+def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
+    """Read the command line (or `argv`) into `options` and choose the client that it asks for.
+
+    A training script calls this once, before chat_supervisor(). Ends the program with status 2, after a line
+    that says why, when an option is wrong.
+    """
+    make_streams_safe()
+    parser = make_parser()
+    parser.parse_args(argv, namespace=options)
+    if options.data:
+        try:
+            find_files(options.data)
+        except OSError as error:
+            parser.error(f'--data：{error}')
+    if options.console or options.demo:
+        use_client(Terminal())
+    elif options.filehelper:
+        use_client(FileHelper())
+    return options
+
+
 # ------------------------------------------------------------------------------------------ the data
 
-DEMO = 'demo'
-data_dir = None  # a folder with the four IDX files, DEMO for drawn images, or None: fetch Fashion-MNIST
-
-seed = 0  # of the network's first parameters and of the order of the images: the same seed, the same run
+DEMO = object()  # drawn images
+data_dir = None  # a folder with the four IDX files, or DEMO; None: what the command line says
 
 FILES = {  # the official files and their MD5, from https://github.com/zalandoresearch/fashion-mnist
     'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
     'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe',
     't10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79',
-    't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}
+    't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310',
+}
 MIRRORS = (  # MXNet's own bucket, and the publisher's for the day when that is gone
     'https://apache-mxnet.s3-accelerate.dualstack.amazonaws.com/gluon/dataset/fashion-mnist/',
-    'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/')
+    'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/',
+)
 
 
-def load_data_fashion_mnist(batch_size, resize=None):
-    """Return (train_data, test_data), the batches of Fashion-MNIST, or of what `data_dir` names.
+def load_data_fashion_mnist(batch_size: int, resize: Optional[int] = None) -> 'tuple[Batches, Batches]':
+    """Return (train_data, test_data), the batches of Fashion-MNIST, or of what `data_dir` or --data names.
 
-    Each yields (data, label): float32 (N, 1, 28, 28) in 0..1 and float32 (N,). `resize` makes the
-    images resize x resize. Only the training images are shuffled, anew for every epoch.
+    Each yields (data, label): float32 (N, 1, 28, 28) in 0..1 and float32 (N,). `resize` makes the images
+    resize x resize. Only the training images are shuffled, anew for every epoch; a loop over them shows a
+    progress bar and ends at 停止, see progress().
     Raises OSError when the files cannot be had, ValueError when one is damaged.
     """
-    images, labels, test_images, test_labels = _arrays(data_dir)
-    return (Batches(images, labels, batch_size, resize, shuffle=True),
-            Batches(test_images, test_labels, max(batch_size, 256), resize))  # small batches would only be slower
+    images, labels, test_images, test_labels = read_arrays(data_source())
+    return (
+        Batches(images, labels, batch_size, resize, training=True),
+        Batches(test_images, test_labels, max(batch_size, 256), resize),  # small batches would only be slower
+    )
+
+
+def data_source() -> Any:
+    """Return the folder that the data come from, DEMO, or None: fetch Fashion-MNIST."""
+    return data_dir or (DEMO if options.demo else options.data)
+
+
+def data_name() -> str:
+    """Return what the data are, for checkpoints."""
+    source = data_source()
+    return 'demo' if source is DEMO else os.path.abspath(source) if source else 'Fashion-MNIST'
 
 
 class Batches:
-    """The batches of an array of images: len() of them, the last one may be smaller."""
+    """The batches of an array of images: len() of them, the last one may be smaller.
 
-    def __init__(self, images, labels, batch_size, resize=None, shuffle=False):
+    Made and read by the training thread alone. A loop over the batches of a training set is a pass that
+    progress() counts.
+    """
+
+    def __init__(self, images, labels, batch_size, resize=None, training=False):
         self.images, self.labels = images, labels  # uint8 (N, 28, 28), uint8 (N,); floats are no faster
-        self.batch_size, self.resize, self.shuffle = batch_size, resize, shuffle
-        self.epoch = 1  # that the next pass over the images belongs to; it decides their order
+        self.batch_size, self.resize, self.training = batch_size, resize, training
+        self.epoch = 0  # of the last pass; it decides the order of the images
 
-    def __len__(self):
+    def __len__(self) -> int:
         return math.ceil(len(self.labels) / self.batch_size)
 
-    def __iter__(self):
-        from mxnet import nd
+    def __iter__(self) -> Iterator:
+        return progress(self) if self.training else self.read()
+
+    def read(self, epoch: Optional[int] = None, start: int = 0) -> Iterator:
+        """Yield the batches of an epoch (default: the next) from number `start` on, which counts from 0."""
+        self.epoch = epoch or self.epoch + 1
         n = len(self.labels)
-        order = np.random.RandomState([run.seed % 2**32, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
-        self.epoch += 1
-        for i in range(0, n, self.batch_size):
-            chosen = order[i:i + self.batch_size]
+        order = np.arange(n)
+        if self.training:
+            order = np.random.RandomState([run.seed % 2**32, self.epoch]).permutation(n)
+        for i in range(start * self.batch_size, n, self.batch_size):
+            chosen = order[i : i + self.batch_size]
             data = nd.from_numpy(np.divide(self.images[chosen, None], np.float32(255), dtype=np.float32))
             if self.resize:
                 data = nd.contrib.BilinearResize2D(data, height=self.resize, width=self.resize)
@@ -124,30 +262,38 @@ class Batches:
 
 
 @functools.lru_cache(maxsize=1)
-def _arrays(folder):
+def read_arrays(source: Any) -> tuple:
     """Return train images, train labels, test images, test labels as uint8 arrays."""
-    if folder == DEMO:
+    if source is DEMO:
         return (*draw_garments(12000, seed=0), *draw_garments(1000, seed=1))
-    return tuple(read_idx(path) for path in (find_files(folder) if folder else fetch_files()))
+    paths = find_files(source) if source else fetch_files()
+    arrays = tuple(read_idx(path) for path in paths)
+    for i in (0, 2):
+        if len(arrays[i]) != len(arrays[i + 1]):
+            raise ValueError(
+                f'{paths[i]} 有 {len(arrays[i])} 张图，{paths[i + 1]} 却有 {len(arrays[i + 1])} 个标签'
+            )
+    return arrays
 
 
-def find_files(folder):
+def find_files(folder: str) -> list:
     """Return the paths of the four IDX files in `folder`, gzipped or not; OSError names a missing one."""
     paths = []
     for name in FILES:
-        candidates = [os.path.join(folder, name), os.path.join(folder, name[:-len('.gz')])]
+        candidates = [os.path.join(folder, name), os.path.join(folder, name[: -len('.gz')])]
         paths += [next((path for path in candidates if os.path.isfile(path)), None)]
         if paths[-1] is None:
-            raise FileNotFoundError('%s 里没有 %s' % (folder, name))
+            raise FileNotFoundError(f'{folder} 里没有 {name}')
     return paths
 
 
-def fetch_files():
+def fetch_files() -> list:
     """Return the paths of the four IDX files where MXNet keeps its data sets, fetched if need be.
 
     A file that does not have the published checksum is set aside and fetched again. Raises OSError.
     """
-    folder = os.path.join(os.environ.get('MXNET_HOME', os.path.expanduser('~/.mxnet')), 'datasets', 'fashion-mnist')
+    home = os.environ.get('MXNET_HOME', os.path.expanduser('~/.mxnet'))
+    folder = os.path.join(home, 'datasets', 'fashion-mnist')
     download = pooch.HTTPDownloader(progressbar=True, timeout=30)
     pooch.get_logger().setLevel('WARNING')
     paths = []
@@ -155,19 +301,19 @@ def fetch_files():
         path = os.path.join(folder, name)
         if os.path.exists(path) and pooch.file_hash(path, 'md5') != md5:
             os.replace(path, path + '.damaged')
-            say('%s 已损坏，改名为 %s.damaged，重新下载' % (path, name))
+            say(f'{path} 已损坏，改名为 {name}.damaged，重新下载')
         for mirror in MIRRORS:
             try:
                 paths.append(pooch.retrieve(mirror + name, 'md5:' + md5, name, folder, downloader=download))
                 break
             except (requests.RequestException, ValueError) as error:  # ValueError: the checksum is wrong
-                print('%s%s: %s' % (mirror, name, error), file=sys.stderr)
+                print(f'{mirror}{name}: {error}', file=sys.stderr)
         else:
-            raise OSError('下载不到 %s；可以自己下载四个文件，用 --data 指定文件夹' % name)
+            raise OSError(f'下载不到 {name}；可以自己下载四个文件，用 --data 指定文件夹')
     return paths
 
 
-def read_idx(path):
+def read_idx(path: str) -> np.ndarray:
     """Return the uint8 array in an IDX file (http://yann.lecun.com/exdb/mnist), gzipped or not.
 
     Raises ValueError when the file is damaged.
@@ -178,26 +324,30 @@ def read_idx(path):
             shape = struct.unpack('>%dI' % ndim, f.read(4 * ndim))
             content = f.read()
     except (EOFError, gzip.zlib.error, gzip.BadGzipFile, struct.error) as error:
-        raise ValueError('%s 已损坏：%s' % (path, error)) from None
+        raise ValueError(f'{path} 已损坏：{error}') from None
     if zeros != 0 or dtype != 8 or len(content) != math.prod(shape):
-        raise ValueError('%s 已损坏：长度或格式不对' % path)
+        raise ValueError(f'{path} 已损坏：长度或格式不对')
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-GARMENTS = (  # outlines on a 28 x 28 grid, in the order of Fashion-MNIST's ten classes
-    [[(9, 5), (19, 5), (25, 10), (22, 14), (20, 12), (20, 24), (8, 24), (8, 12), (6, 14), (3, 10)]],  # T-shirt
-    [[(9, 3), (19, 3), (20, 25), (15, 25), (14, 10), (13, 25), (8, 25)]],                             # trouser
-    [[(9, 4), (19, 4), (24, 24), (21, 24), (19, 12), (19, 24), (9, 24), (9, 12), (7, 24), (4, 24)]],  # pullover
-    [[(11, 3), (17, 3), (16, 11), (20, 25), (8, 25), (12, 11)]],                                      # dress
+# fmt: off
+GARMENTS = (  # outlines on a 28 x 28 grid, in the order of the ten classes: T-shirt, trouser,
+    # pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot
+    [[(9, 5), (19, 5), (25, 10), (22, 14), (20, 12), (20, 24), (8, 24), (8, 12), (6, 14), (3, 10)]],
+    [[(9, 3), (19, 3), (20, 25), (15, 25), (14, 10), (13, 25), (8, 25)]],  # trouser
+    [[(9, 4), (19, 4), (24, 24), (21, 24), (19, 12), (19, 24), (9, 24), (9, 12), (7, 24), (4, 24)]],
+    [[(11, 3), (17, 3), (16, 11), (20, 25), (8, 25), (12, 11)]],  # dress
     [[(9, 3), (13, 4), (13, 25), (4, 25), (4, 10)], [(15, 4), (19, 3), (24, 10), (24, 25), (15, 25)]],  # coat
-    [[(3, 19), (12, 15), (25, 21), (25, 23), (3, 23)], [(8, 11), (10, 11), (16, 17), (14, 18)]],      # sandal
-    [[(9, 4), (13, 4), (14, 8), (15, 4), (19, 4), (24, 12), (21, 14), (19, 24), (9, 24), (7, 14), (4, 12)]],  # shirt
-    [[(3, 14), (9, 12), (16, 17), (25, 19), (25, 22), (3, 22)]],                                      # sneaker
-    [[(4, 12), (24, 12), (24, 24), (4, 24)], [(9, 12), (10, 6), (18, 6), (19, 12), (17, 12), (16, 8), (12, 8), (11, 12)]],  # bag
-    [[(9, 4), (17, 4), (17, 15), (25, 19), (25, 24), (8, 24)]])                                       # ankle boot
+    [[(3, 19), (12, 15), (25, 21), (25, 23), (3, 23)], [(8, 11), (10, 11), (16, 17), (14, 18)]],  # sandal
+    [[(9, 4), (13, 4), (14, 8), (15, 4), (19, 4), (24, 12), (21, 14), (19, 24), (9, 24), (7, 14), (4, 12)]],
+    [[(3, 14), (9, 12), (16, 17), (25, 19), (25, 22), (3, 22)]],  # sneaker
+    [[(4, 12), (24, 12), (24, 24), (4, 24)],
+     [(9, 12), (10, 6), (18, 6), (19, 12), (17, 12), (16, 8), (12, 8), (11, 12)]],  # bag
+    [[(9, 4), (17, 4), (17, 15), (25, 19), (25, 24), (8, 24)]])  # ankle boot
+# fmt: on
 
 
-def draw_garments(n, seed):
+def draw_garments(n: int, seed: int) -> 'tuple[np.ndarray, np.ndarray]':
     """Return n drawn images of ten garment-like shapes, uint8 (n, 28, 28), and labels, uint8 (n,).
 
     The same seed draws the same images. They are not Fashion-MNIST, and are easier.
@@ -215,15 +365,33 @@ def draw_garments(n, seed):
     return images, labels
 
 
-# ------------------------------------------------------------------ the device, its speed, the accuracy
+# ------------------------------------------------------------------------- the device, the accuracy
 
-def try_gpu():
+
+def try_gpu() -> mx.Context:
     """Return mx.gpu() when MXNet sees a GPU, else mx.cpu()."""
-    import mxnet as mx
     return mx.gpu() if mx.context.num_gpus() else mx.cpu()
 
 
-def speed_up(net):
+def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
+    """Return the share of rows of `output` (N, classes) whose largest entry is at `label` (N,)."""
+    return (output.argmax(axis=1) == label).mean().asscalar()
+
+
+def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Context] = None) -> float:
+    """Return the share of all examples of `data_iterator` that `net` classifies correctly."""
+    correct = total = 0
+    for data, label in data_iterator:
+        output = net(data.as_in_context(ctx or try_gpu()))
+        correct += (output.argmax(axis=1) == label.as_in_context(output.context)).sum().asscalar()
+        total += len(label)
+    return correct / total
+
+
+# ---------------------------------------------------------- its speed: convolution in blocks of 16
+
+
+def speed_up(net: nn.HybridSequential) -> None:
     """Compile a HybridSequential, and on a CPU let it compute in blocks of 16 channels.
 
     Parameters, their gradients and the outputs stay what they are, to the rounding of float32.
@@ -243,13 +411,16 @@ def count_channels(net, inputs):
 
 def in_blocks(*layers):
     """Return whether `layers` begin with what can be computed in blocks: a convolution, then max-pooling."""
-    from mxnet.gluon import nn
-    return len(layers) > 1 and isinstance(layers[0], nn.Conv2D) and layers[0]._kwargs['num_group'] == 1 and (
-        isinstance(layers[1], nn.MaxPool2D))
+    return (
+        [type(layer) for layer in layers[:2]] == [nn.Conv2D, nn.MaxPool2D]  # not what others derive from them
+        and layers[0]._kwargs['num_group'] == 1
+    )
 
 
 def forward_in_blocks(net, F, x):
-    """Compute what HybridSequential.hybrid_forward does, in the form for which oneDNN has its fast kernels."""
+    """Compute what HybridSequential.hybrid_forward does, in the form that oneDNN has fast kernels for."""
+    if F is nd:  # hybridize(False): nothing is compiled
+        return type(net).hybrid_forward(net, F, x)
     layers = list(net._children.values())
     parts = [(x, 0, 0)]  # what the next layer computes with: see convolve()
     while layers:
@@ -262,8 +433,8 @@ def forward_in_blocks(net, F, x):
         whole = channels - channels % 16 if copies else channels
         outputs = [(convolve(F, layer, parts, 0, whole), 0, whole)]
         if copies:
-            # The last 4 of 20 filters would waste most of a block. Copies of them fill it, each moved by one column
-            # of the next layer's input, where a kernel of one column then does what took three: 1.09 times.
+            # The last 4 of 20 filters would waste most of a block. Copies of them fill it, each moved by one
+            # column of the next layer's input; there a kernel of one column does what took three: 1.09 times.
             step = layer._kwargs['stride'][1] * pool._kwargs['stride'][1]
             outputs += [(convolve(F, layer, parts, whole, channels, copies, step), whole, channels)]
         # Pooling before the activation, which grows, is the same with a quarter of the work: 1.1 times.
@@ -279,24 +450,25 @@ def cut(F, part):
 
 
 def room_for_copies(layer, pool, *following):
-    """Return how many columns the next convolution's kernel has if a block holds as many copies of the left-over
-    filters, else 0."""
+    """Return how many columns the next convolution's kernel has, if a block holds as many copies of the
+    left-over filters, else 0."""
     if not in_blocks(*following) or layer._channels < 16 or not layer.weight.shape[1]:
         return 0
     this, pooling, after = layer._kwargs, pool._kwargs, following[0]._kwargs
-    if this['dilate'] != (1, 1) or after['dilate'] != (1, 1) or after['pad'] != (0, 0) or (
-            pooling['pad'] != (0, 0) or pooling['pooling_convention'] != 'valid'):
+    if this['dilate'] != (1, 1) or after['dilate'] != (1, 1) or after['pad'] != (0, 0):
+        return 0
+    if pooling['pad'] != (0, 0) or pooling['pooling_convention'] != 'valid':
         return 0
     columns = after['kernel'][1]
     return columns if 0 < layer._channels % 16 * columns <= 16 else 0
 
 
 def convolve(F, layer, parts, begin, end, copies=1, step=0):
-    """Convolve with the filters from `begin` to `end` of `layer`, with `copies` of them, `step` columns apart.
+    """Convolve with the filters from `begin` to `end` of `layer`, `copies` of them, `step` columns apart.
 
     The input is the sum of `parts`: (array, first, last) has these channels in its array, then zeros up to a
-    multiple of 16; (array, 0, 0) has all of them and no zeros. A part with first > 0 has copies of its channels,
-    moved by a column each.
+    multiple of 16; (array, 0, 0) has all of them and no zeros. A part with first > 0 has copies of its
+    channels, moved by a column each.
     """
     height, width = layer._kwargs['kernel']
     n, sums = (end - begin) * copies, []
@@ -314,14 +486,14 @@ def convolve(F, layer, parts, begin, end, copies=1, step=0):
         if end - begin < layer._channels:
             filters = [F.slice_axis(array, axis=0, begin=begin, end=end) for array in filters]
         if copies > 1:
-            moved = [(step * i, step * (copies - 1 - i)) for i in range(copies)]
-            filters[0] = F.concat(*(F.pad(filters[0], mode='constant', pad_width=(0,) * 6 + columns_beside)
-                                    for columns_beside in moved), dim=0)
+            beside = [(step * i, step * (copies - 1 - i)) for i in range(copies)]  # columns of zeros
+            moved = [F.pad(filters[0], mode='constant', pad_width=(0,) * 6 + pad) for pad in beside]
+            filters[0] = F.concat(*moved, dim=0)
             filters[1:] = [F.tile(bias, copies) for bias in filters[1:]]
         # Filters of zeros up to a multiple of 16, for the AVX-512 kernels: 1.3 times.
-        sums += [F.Convolution(x, *(append_zeros(F, array, 0, n) for array in filters), **dict(
-            layer._kwargs, kernel=(height, columns + step * (copies - 1)), num_filter=n + -n % 16,
-            no_bias=len(filters) == 1))]
+        filters = [append_zeros(F, array, 0, n) for array in filters]
+        changed = {'kernel': (height, columns + step * (copies - 1)), 'num_filter': n + -n % 16}
+        sums += [F.Convolution(x, *filters, **{**layer._kwargs, **changed, 'no_bias': len(filters) == 1})]
     return sum(sums[1:], sums[0])
 
 
@@ -335,736 +507,531 @@ def append_zeros(F, array, axis, size):
     return array
 
 
-def accuracy(output, label):
-    """Return the share of rows of `output` (N, classes) whose largest entry is at `label` (N,): a float."""
-    return (output.argmax(axis=1) == label).mean().asscalar()
-
-
-def evaluate_accuracy(data_iterator, net, ctx=None):
-    """Return the share of all examples of `data_iterator` that `net` classifies correctly: a float."""
-    correct = total = 0
-    for data, label in data_iterator:
-        output = net(data.as_in_context(ctx or try_gpu()))
-        correct += (output.argmax(axis=1) == label.as_in_context(output.context)).sum().asscalar()
-        total += len(label)
-    return correct / total
-
-
-# -------------------------------------------------------------------------------------------- the lock
-
-# `lock` guards the variables from here to the next line of dashes: WeChat's thread changes them when
-# a person says so, the training thread reads them between batches. Hold it for a moment only.
-lock = threading.Lock()
-running = False     # may the training go on? True from 开始 until 停止, the end or a crash
-batch_size = 256    # images
-learning_rate = 0.5
-training_iters = 2  # epochs
-chosen = set()      # which of the three a person has set: 继续 takes the others from the checkpoint
-supervisors = []    # remark names or nicknames of those who may command; empty: the first who does
-commanders = set()  # the names of those of them who are found among the friends of this login
-addresses = {}      # name -> UserName, of this login
-refused = set()     # names of those who were told that they may not command
-then_command = None  # a shell command for when a run has ended by itself
-then_timer = None   # what will run it
-
-
-def new_run(wechat_name=None):
-    """Return what is known of a training run before its first batch."""
-    now = time.monotonic()
-    return types.SimpleNamespace(
-        busy=False,               # is nn_train at work? It still is for a moment after 停止
-        wechat_name=wechat_name,  # who started it: see sender()
-        params=(learning_rate, training_iters, batch_size),
-        seed=seed,                # a resumed run keeps its own
-        live=False,               # does nn_train read params() in its loop, so that changes count at once?
-        folder=None,              # its checkpoints and its log; made when there is something to keep
-        checkpoint=None,          # the file that can be resumed from
-        resumed=None,             # what read_checkpoint() returned, if the run goes on with an earlier one
-        history=[],               # a row for every epoch: see LOG
-        losses=[],                # a pair for every batch: epochs done by then (2.5 is amid the third), loss
-        batch=0, batches=0,       # done and in all in this epoch; 0 when nn_train does not use progress()
-        began=now, epoch_began=now, epoch_from=0,  # epoch_from: the batch at which the clock was started
-        seconds_before=0, done_before=0,           # what a resumed run had behind it
-        error=None,               # what nn_train raised
-        unwritten=set())          # what could not be written, and the person was told so
-
-
-run = new_run()  # the run that is going on, or the last one
-training = None  # the Future of its nn_train
-
 # ------------------------------------------------------------------------- what a training loop calls
 
-LOG = 'epoch', 'loss', 'train_acc', 'test_acc', 'learning_rate', 'seconds'
+# `lock` guards the variables from here to `run`, and everything in a Run: WeChat's thread changes them when a
+# person says so, the training thread reads them between batches. Hold it for a moment only.
+lock = threading.Lock()
+running = False  # may the training go on? True from 开始 until 停止, the end or a crash
+batch_size = 256  # images
+learning_rate = 0.5
+training_iters = 2  # epochs
 
 
-def lock_start():
+def lock_start() -> bool:
     """Return True while the run may go on: from 开始 until 停止. A training loop asks before an epoch."""
     with lock:
+        run.start_clock()
         return running
 
 
-def params():
-    """Return learning_rate, training_iters, batch_size as they stand in the chat now."""
+def params() -> tuple:
+    """Return learning_rate, training_iters, batch_size as they now stand for this run.
+
+    A training loop that asks has the changes that a person makes while it trains: lr from the next batch on,
+    ti as the new end.
+    """
     with lock:
         run.live = True
-        return learning_rate, training_iters, batch_size
+        return run.learning_rate, run.training_iters, run.batch_size
 
 
-def progress(train_data, epoch):
-    """Yield the batches of an epoch with a progress bar on the terminal, none more after 停止.
+def progress(train_data: Iterable) -> Iterator:
+    """Yield what `train_data` yields, with a progress bar on the terminal, nothing more after 停止.
 
-    In a resumed epoch those that were done before are left out. The order of the images in
-    load_data_fashion_mnist's train_data depends on the seed and the epoch alone.
+    For the data that the run trains with (the first that it gives to progress()) the batches are counted for
+    状态, and in a resumed epoch those that were done before are left out. load_data_fashion_mnist's
+    train_data does this by itself.
     """
-    if isinstance(train_data, Batches):
-        train_data.epoch = epoch
+    total = len(train_data) if hasattr(train_data, '__len__') else 0
     with lock:
-        done, run.batches = run.batch, len(train_data)
-        run.epoch_began, run.epoch_from = time.monotonic(), done
-    with tqdm(itertools.islice(train_data, done, None), '第 %d 轮' % epoch, len(train_data), initial=done,
-              unit='批', leave=False, disable=None) as bar:
+        counted = run.busy and run.trains_with(train_data)
+        epoch, done = run.start_epoch(total) if counted else (None, 0)
+    if isinstance(train_data, Batches):
+        batches = train_data.read(epoch, done)
+    else:
+        batches = itertools.islice(train_data, done, None)
+    name = f'第 {epoch} 轮' if epoch else None
+    with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, disable=None) as bar:
         for batch in bar:
             yield batch
             with lock:
-                run.batch += 1
-                if not running:
-                    return
+                if counted:
+                    run.count_batch()
+                    if not running:
+                        return
+    if counted:
+        with lock:
+            run.in_epoch = False
 
 
-def batch_loss(loss):
-    """Return the mean of the losses of a batch (N,) as a float, and keep it for 状态 and 曲线.
+def batch_loss(loss: nd.NDArray) -> float:
+    """Return the mean of the losses of a batch (N,), and keep it for 状态 and 曲线.
 
     Raises FloatingPointError when it is NaN or infinite: nothing good can come of that run.
     """
     value = loss.mean().asscalar().item()
     with lock:
-        run.losses.append((len(run.history) + (run.batch + 1) / max(run.batches, 1), value))
+        run.losses.add(run.epochs + (run.batch + 1) / max(run.batches, 1), value)
     check_finite(value)
     return value
 
 
-def check_finite(loss):
+def check_finite(loss: float) -> None:
     """Raise FloatingPointError when `loss` is NaN or infinite."""
     if not math.isfinite(loss):
-        raise FloatingPointError('损失成了 %s' % loss)
+        raise FloatingPointError(f'损失成了 {loss}')
 
 
-def chat_inf(wechat_name, epoch, train_loss, train_acc, train_data, test_acc):
-    """Send the report after an epoch, which counts from 1, to `wechat_name` and the supervisors.
+def chat_inf(wechat_name: str, epoch: int, train_loss, train_acc, train_data, test_acc) -> None:
+    """Send the report after an epoch, which counts from 1, to who started the run and the supervisors.
 
-    `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len();
-    numbers or NDArrays of one element. Raises FloatingPointError when the loss is not finite.
+    `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len(); numbers or
+    NDArrays of one element. After an epoch that 停止 cut short nothing is reported.
+    Raises FloatingPointError when the loss is not finite.
     """
     loss, train_acc = float(train_loss) / len(train_data), float(train_acc) / len(train_data)
+    with lock:
+        if run.is_cut_short():
+            return
+        run.in_epoch = False
     check_finite(loss)
-    now = time.monotonic()
     with lock:
-        seconds = now - run.epoch_began
-        rate = learning_rate if run.live else run.params[0]
-        run.history.append((epoch, loss, train_acc, float(test_acc), rate, round(seconds, 3)))
-        run.batch, run.epoch_began, run.epoch_from = 0, now, 0
-        text = '第 %d/%d 轮\n损失 %.4g\n训练精度 %.3f\n测试精度 %.3f\n用时 %s%s' % (
-            epoch, run_length(), loss, train_acc, test_acc, duration(seconds), time_left())
-        rows = list(run.history)
-        report(data_note() + text, wechat_name)
-    keep('日志', lambda: write_whole('log.csv', lambda path: write_log(path, rows), run))
+        run.tell(run.finish_epoch(epoch, loss, train_acc, float(test_acc)))
+        rows = run.history[:]
+    run.write('log.csv', '日志', lambda path: write_log(path, rows))
 
 
-def lock_end(wechat_name):
-    """The run is over: free the lock for the next 开始, and say so to `wechat_name`."""
-    global running
+def load_checkpoint(net: Any, trainer: Any) -> tuple:
+    """Return the epoch to go on with, which counts from 1, and the sums of loss and accuracy in it so far.
+
+    That is 1, 0, 0, unless a person has said 继续: then net and trainer become what they were, and the
+    learning rate is the one that was announced.
+    """
+    state = run.resumed
+    if state is None:
+        return 1, 0, 0
+    with open_private(run.checkpoint) as f, tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(f) as checkpoint:
+            checkpoint.extractall(folder)
+        net.load_parameters(os.path.join(folder, 'net.params'), ctx=try_gpu())
+        trainer.load_states(os.path.join(folder, 'trainer.states'))
+    trainer.set_learning_rate(run.learning_rate)
     with lock:
-        # Said before the lock is let go, so that no word of the next run overtakes it.
-        report(closing_report(), wechat_name)
-        if len(run.history) > 1:
-            report(curve(), wechat_name)
-        if running and run.error is None and then_command:
-            prepare_then(wechat_name)
-        run.busy, running = False, False
+        run.loaded = True
+    return state['epoch'], state['train_loss'], state['train_acc']
 
 
-# ------------------------------------------------------------------------------------ the checkpoints
+def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss, train_acc) -> tuple:
+    """Keep what 继续 needs; return the epoch to go on with and the sums in it so far, as load_checkpoint().
 
-# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy), best.params,
-# log.csv and curve.png. Each is written under another name and then put in its place, so that there is
-# always a whole one; last.zip carries the checksums of what it holds.
-RUNS = 'runs'
-
-
-def save_checkpoint(net, trainer, epoch, train_loss, train_acc):
-    """Keep what 继续 needs to go on in the middle of `epoch`, of which run.batch batches are done.
-
-    A failure (a full disk) is told, and the training goes on: the checkpoint before stays whole.
+    After a whole epoch that is epoch + 1, 0, 0; after one that 停止 cut short, what was given. A failure (a
+    full disk) is told, and the training goes on: the checkpoint before stays whole.
     Raises FloatingPointError, and keeps the checkpoint before, when a parameter is not finite.
     """
     with lock:
-        state = dict(epoch=epoch, train_loss=float(train_loss), train_acc=float(train_acc), data=data_name(),
-                     seed=run.seed, batch=run.batch, batches=run.batches, history=run.history[:], seconds=elapsed(),
-                     params=(*((learning_rate, training_iters) if run.live else run.params[:2]), run.params[2]))
-        losses = np.array(run.losses)
-    if not state['history'] and not state['batch']:
-        return  # nothing has been learned yet
+        here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
+        state = run.state(*here)
+        losses = np.array(run.losses.points)
+        is_best = not state['batch'] and run.best() is not None and run.best() is run.history[-1]
+    if not state['epochs'] and not state['batch']:
+        return here  # nothing has been learned yet
     for name, parameter in net.collect_params().items():
         if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
-            raise FloatingPointError('网络的 %s 里有 NaN 或无穷大' % name)
-    if state['history'] and not state['batch'] and best_row(state['history']) is state['history'][-1]:
-        keep('最好的网络', lambda: write_whole('best.params', net.save_parameters, run))
-    path = keep('检查点', lambda: write_whole('last.zip', lambda path: write_checkpoint(
-        path, net, trainer, state, losses), run))
+            raise FloatingPointError(f'网络的 {name} 里有 NaN 或无穷大')
+    if is_best:
+        run.write('best.params', '最好的网络', net.save_parameters)
+    path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, net, trainer, state, losses))
     with lock:
         run.checkpoint = path or run.checkpoint
+    return here
 
 
-def load_checkpoint(net, trainer):
-    """Return the epoch to go on with and the sums of loss and accuracy in it so far.
-
-    That is 1, 0, 0, unless a person has said 继续: then net and trainer become what they were.
-    """
-    if run.resumed is None:
-        return 1, 0, 0
-    with zipfile.ZipFile(run.checkpoint) as checkpoint, tempfile.TemporaryDirectory() as folder:
-        checkpoint.extractall(folder)
-        net.load_parameters(os.path.join(folder, 'net.params'), ctx=try_gpu())
-        trainer.load_states(os.path.join(folder, 'trainer.states'))
-    return run.resumed['epoch'], run.resumed['train_loss'], run.resumed['train_acc']
-
-
-def write_checkpoint(path, net, trainer, state, losses):
-    """Write last.zip to `path`."""
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-        net.save_parameters(os.path.join(folder, 'net.params'))
-        trainer.save_states(os.path.join(folder, 'trainer.states'))
-        np.save(os.path.join(folder, 'losses.npy'), losses)
-        with open(os.path.join(folder, 'run.json'), 'w') as f:
-            json.dump(state, f)
-        with zipfile.ZipFile(path, 'w') as checkpoint:
-            for name in os.listdir(folder):
-                checkpoint.write(os.path.join(folder, name), name)
-
-
-def read_checkpoint(path):
-    """Return what save_checkpoint() kept in `path`, less the network; ValueError when it is damaged."""
-    try:
-        with zipfile.ZipFile(path) as checkpoint:
-            if checkpoint.testzip() is not None:
-                raise ValueError('%s 已损坏' % path)
-            state = json.loads(checkpoint.read('run.json'))
-            state['losses'] = np.load(io.BytesIO(checkpoint.read('losses.npy'))).tolist()
-            return state
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ValueError('%s 已损坏：%s' % (path, error)) from None
-
-
-def last_checkpoint():
-    """Return (path, what it holds) of the newest checkpoint on the data now used, or (None, None).
-
-    One that is damaged is set aside under another name.
-    """
-    for path in sorted(glob.glob(os.path.join(RUNS, '*', 'last.zip')), key=os.path.getmtime, reverse=True):
-        try:
-            state = read_checkpoint(path)
-            if state['data'] == data_name():
-                return path, state
-        except ValueError as error:
-            os.replace(path, path + '.damaged')
-            say('%s，改名为 last.zip.damaged' % error)
-    return None, None
-
-
-def write_log(path, rows):
-    """Write the epochs as CSV."""
-    with open(path, 'w', newline='') as f:
-        csv.writer(f).writerows([LOG, *rows])
-
-
-def write_whole(name, write, this_run):
-    """Let write(path) write a file, then put it in its place in the run's folder; return its path."""
-    path = os.path.join(run_folder(this_run), name)
-    try:
-        write(path + '.new')
-        with open(path + '.new', 'rb+') as f:
-            os.fsync(f.fileno())  # or a power cut could leave the new name on an empty file
-        os.replace(path + '.new', path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path + '.new')
-    return path
-
-
-def run_folder(this_run):
-    """Return the folder of a run, made now if there is none."""
-    with lock:
-        name = os.path.join(RUNS, time.strftime('%Y%m%d-%H%M%S'))
-        others = ('%s-%d' % (name, i) for i in itertools.count(2))  # for runs of the same second
-        while this_run.folder is None:
-            with contextlib.suppress(FileExistsError):
-                os.makedirs(name)
-                this_run.folder = name
-            name = next(others)
-        return this_run.folder
-
-
-def keep(what, write):
-    """Return write(), or tell, once until it works again, that the disk would not have it, and return None."""
-    try:
-        path = write()
-        with lock:
-            run.unwritten.discard(what)
-        return path
-    except (OSError, RuntimeError) as error:  # MXNet's error for a full disk is a RuntimeError
-        with lock:
-            if what not in run.unwritten:
-                report('%s没有写成：%s\n训练继续，以前写的还在。' % (what, first_line(error)), run.wechat_name)
-            run.unwritten.add(what)
-
-
-# ------------------------------------------------------------------ what a person in the chat can say
-
-WORDS = {'开始': 'start', '停止': 'stop', '继续': 'resume', '状态': 'status', '曲线': 'plot', '参数': 'params',
-         '取消': 'cancel', '帮助': 'help'}
-NAMES = {'lr': 'learning_rate', 'ti': 'training_iters', 'bs': 'batch_size'}
-SHORT = {name: short for short, name in NAMES.items()}
-LIMITS = {  # type, smallest, largest, what to write in Chinese
-    'learning_rate': (float, 1e-9, 100, '学习率要大于 0、不超过 100，例如 lr 0.1'),
-    'training_iters': (int, 1, 100000, '轮数要是 1 到 100000 的整数，例如 ti 5'),
-    'batch_size': (int, 1, 10000, '批量要是 1 到 10000 的整数，例如 bs 128')}
-
-HELP = '''开始：从头训练
-停止：算完这一批就停
-继续：接着上次的训练
-状态：现在到哪了
-曲线：损失和精度的图
-lr 0.1：学习率
-ti 5：训练几轮
-bs 128：每批几张
-参数：看这三个值
-取消：不执行训练后的命令'''
-
-
-def parse(text):
-    """Return the command in a chat text: 'start', 'stop', 'params', 'help', or a list of
-    (name, value) to set, both strings; None when it is no command.
-
-    >>> parse('LR＝０.１，ti 5')
-    [('learning_rate', '0.1'), ('training_iters', '5')]
-    """
-    if len(text) > 200:
-        return None
-    text = unicodedata.normalize('NFKC', text).lower().strip().rstrip('。.!')  # NFKC: full-width to ASCII
-    word = WORDS.get(text, text)
-    if word in WORDS.values():
-        return word
-    parts = re.split(r'[\s=:,;、]+', text)
-    names = [NAMES.get(name, name) for name in parts[::2]]
-    values = parts[1::2]
-    if len(names) == len(values) and set(names) <= set(LIMITS) and all(v.isascii() and v for v in values):
-        return list(zip(names, values))
-    return None
-
-
-def read_value(name, text):
-    """Return the number that `text` writes for the parameter `name`; ValueError says what is allowed."""
-    kind, smallest, largest, allowed = LIMITS[name]
-    if re.fullmatch(r'[+-]?\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?', text):
-        if smallest <= kind(text) <= largest:
-            return kind(text)
-    raise ValueError('%s 不行：%s' % (text[:20], allowed))
-
-
-# ------------------------------------------------------------------------------ what is done about it
-
-
-def chat_supervisor(nn_train):
-    """Register the handler of friends' text messages; 开始 trains with nn_train(wechat_name, params).
-
-    Any `nn_train` will do that calls lock_start, chat_inf and lock_end as a tutorial's loop does.
-    """
-    if not postman.is_alive():
-        postman.start()
-
-    @chat.msg_register(itchat.content.TEXT)
-    def chat_trigger(msg):
-        command = parse(msg['Text'])
-        user_name = sender(msg)
-        if command is None or user_name is None or is_repeated(msg) or is_own(msg):
-            return
-        gpu = gpu_state() if command == 'status' else ''  # it may take a moment, which the lock must not
-        with lock:  # the answer is queued before the lock is let go: no report of the run overtakes it
-            wechat_name = name_of(msg['User'], user_name)
-            log('%s：%s' % (wechat_name, msg['Text'].strip()))
-            try:
-                if permit(wechat_name):
-                    chat_send(obey(command, nn_train, wechat_name, gpu), wechat_name)
-            except Exception as error:  # itchat would swallow it, and the person wait for an answer
-                traceback.print_exc()
-                chat_send('程序出错：%s: %s' % (type(error).__name__, first_line(error)), wechat_name)
-        if online and chat is itchat:
-            dump_session()  # it says which messages have been read
-
-
-def sender(msg):
-    """Return the UserName of the friend who wrote, or 'filehelper'; None for anybody else's message."""
-    user_name = msg['User'].get('UserName')
-    if user_name == 'filehelper':  # the owner's note to oneself: its FromUserName is the owner's own
-        return user_name
-    # Unequal: the owner writes to a friend. No UserName: not in the contacts. No NickName: WeChat itself.
-    return user_name if user_name == msg['FromUserName'] and msg['User'].get('NickName') else None
-
-
-seen = collections.deque(maxlen=1000)  # MsgIds of commands: after a login the server may send them again
-
-
-def is_repeated(msg):
-    """Return whether this very message has come before."""
-    repeated = msg.get('MsgId') in seen
-    if 'MsgId' in msg:
-        seen.append(msg['MsgId'])
-    return repeated
-
-
-def name_of(user, user_name):
-    """Return the name by which a writer is known in all logins: what WeChat shows. Needs the lock.
-
-    'filehelper' is the owner. A second friend of the same name has only the UserName of this login.
-    """
-    name = user.get('RemarkName') or user.get('NickName') or user_name
-    return name if addresses.setdefault(name, user_name) == user_name else user_name
-
-
-def permit(wechat_name):
-    """Return whether the writer may command; one who may not is told so, once. Needs the lock."""
-    if not supervisors and wechat_name != 'filehelper':
-        supervisors.append(wechat_name)
-        commanders.add(wechat_name)
-        chat_send('程序结束前，只有你（和机主）能下命令。', wechat_name)
-    if wechat_name == 'filehelper' or wechat_name in commanders:
-        return True
-    log('%s 不能下命令' % wechat_name)
-    if wechat_name not in refused:
-        refused.add(wechat_name)
-        chat_send('抱歉，这里的训练由别人监督，你的命令没有执行。', wechat_name)
-    return False
-
-
-def find_supervisors():
-    """After a login: find those who may command among the friends, whose UserNames are new.
-
-    Within a login it is the UserName that counts: a nickname can be changed by its bearer.
-    """
-    with lock:
-        commanders.clear()
-        addresses.clear()
-        for name in supervisors:
-            friends = chat.search_friends(name=name)
-            if len(friends) == 1:
-                commanders.add(name_of(friends[0], friends[0]['UserName']))
-            else:
-                say('监督人“%s”：%s' % (name, '有 %d 个好友叫这个名字，请用备注名区分' % len(friends) if friends else
-                                    '好友里没有这个人'))
-
-
-def obey(command, nn_train, wechat_name, gpu):
-    """Carry out a command that parse() found and return the answer. Needs the lock."""
-    if command == 'start':
-        return start(nn_train, wechat_name)
-    if command == 'resume':
-        return resume(nn_train, wechat_name)
-    if command == 'stop':
-        return stop()
-    if command == 'status':
-        return status(gpu)
-    if command == 'plot':
-        return curve() if run.losses or run.history else '还没有可画的：训练开始后再发“曲线”。'
-    if command == 'params':
-        return values_now()
-    if command == 'cancel':
-        return '好，不执行了。' if cancel_then() else '没有要取消的。'
-    if command == 'help':
-        return HELP
-    return set_values(command)
-
-
-def start(nn_train, wechat_name):
-    """Start the training thread from the beginning; return the answer. Needs the lock."""
-    global run
-    if busy():
-        return busy()
-    run = new_run(wechat_name)
-    return data_note() + '开始训练%s\n%s' % (start_thread(nn_train), start_note())
-
-
-def resume(nn_train, wechat_name):
-    """Start the training thread from the last checkpoint; return the answer. Needs the lock."""
-    global run
-    if busy():
-        return busy()
-    path, state = last_checkpoint()
-    if path is None:
-        return '没有可以继续的训练，发“开始”从头训练。'
-    for name, value in zip(('learning_rate', 'training_iters', 'batch_size'), state['params']):
-        if name not in chosen or name == 'batch_size':  # another batch size would not fit the epoch begun
-            globals()[name] = value
-    done = len(state['history'])
-    if done >= training_iters:
-        return '上次的 %d 轮都训练完了。要再训练，先发 ti %d，再发“继续”。' % (done, done + 3)
-    run = new_run(wechat_name)
-    run.folder, run.checkpoint, run.resumed = os.path.dirname(path), path, state
-    run.seed = state['seed']
-    run.history, run.losses = [tuple(row) for row in state['history']], state['losses']
-    run.batch, run.batches, run.seconds_before = state['batch'], state['batches'], state['seconds']
-    run.done_before = epochs_done()
-    return data_note() + '继续训练%s\n%s\n%s' % (start_thread(nn_train), how_far(), start_note())
-
-
-def busy():
-    """Return what to answer when a run is still going on, else ''. Needs the lock."""
-    if running:
-        return '已经在训练了：%s。\n发“停止”可以停下。' % how_far()
-    return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.busy else ''
-
-
-def start_thread(nn_train):
-    """Let the training thread begin with `run`; return what to add to the answer. Needs the lock."""
-    global running, training
-    running = run.busy = True
-    training = trainer_thread.submit(train, nn_train, run)
-    return '（“%s”已取消）' % then_command if cancel_then() else ''
-
-
-# One thread for all runs: MXNet keeps some 5 MB for every thread that ever trained.
-trainer_thread = concurrent.futures.ThreadPoolExecutor(1, 'training')
-
-
-def train(nn_train, this_run):
-    """Run nn_train to its end, in the training thread; whatever it raises, the next 开始 works."""
-    import mxnet as mx
-    mx.random.seed(this_run.seed)
-    try:
-        nn_train(this_run.wechat_name, this_run.params)
-    except Exception as error:
-        traceback.print_exc()
-        this_run.error = error
-    finally:
-        if this_run.busy:  # nn_train has not called lock_end
-            lock_end(this_run.wechat_name)
-        gc.collect()  # a network refers to itself; its 60 MB would wait for days
-
-
-def stop():
-    """Let the run end after the batch that it is at; return the answer. Needs the lock."""
+def lock_end(wechat_name: str) -> None:
+    """The run is over: free the lock for the next 开始, tell who started it and the supervisors."""
     global running
-    if running:
-        running = False
-        return '好，这一批算完就停。'
-    return '现在没有训练，发“开始”就开始。' if not run.busy else '已经在停了，请等结束报告。'
+    with lock:
+        # Said before the lock is let go, so that no word of the next run overtakes it.
+        run.tell(run.closing_report(stopped=not running))
+        if len(run.history) > 1:
+            run.tell(run.curve())
+        if running and run.error is None and options.then:
+            countdown.start(run.person)
+        run.busy = running = False
 
 
-def set_values(pairs):
-    """Set each of [(name, text)] that is allowed; return the answer. Needs the lock."""
-    answer = []
-    for name, text in pairs:
+def chat_send(text: str) -> None:
+    """Send `text` to the one who started the run and to the supervisors; returns at once."""
+    with lock:
+        run.tell(text)
+
+
+# --------------------------------------------------------------------------------------- a run
+
+LOG = 'epoch', 'loss', 'train_acc', 'test_acc', 'learning_rate', 'seconds'  # the columns of Run.history
+
+
+class Losses:
+    """The losses of all batches, at most POINTS of them: when there are more, neighbours are merged.
+
+    Part of a Run, and guarded as it is.
+    """
+
+    POINTS = 10000
+
+    def __init__(self, points=(), size=1, rest=(0, 0, 0), last=None):
+        self.points = list(points)  # pairs: epochs done by then (2.5 is amid the third), mean loss
+        self.size = size  # batches in a point
+        self.rest = rest  # of the next point: batches so far, the sums of both numbers
+        self.last = last  # the loss of the last batch
+
+    def add(self, epochs: float, loss: float) -> None:
+        """Keep the loss of a batch, after which so many epochs were done."""
+        self.last = loss
+        n, epochs_sum, loss_sum = self.rest
+        self.rest = n + 1, epochs_sum + epochs, loss_sum + loss
+        if self.rest[0] == self.size:
+            self.points.append((self.rest[1] / self.size, self.rest[2] / self.size))
+            self.rest = 0, 0, 0
+        if len(self.points) == self.POINTS:
+            pairs = zip(self.points[::2], self.points[1::2])
+            self.points = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in pairs]
+            self.size *= 2
+
+
+class Report(str):
+    """The text after an epoch, with its test accuracy: what has had to wait is shortened by it."""
+
+    test_acc = 0.0
+
+
+class Run:
+    """One training run: what is known of it, and what can be said about it.
+
+    The training thread writes it, the main thread and the mail's read it. `lock` guards it: every method
+    needs it but for make_folder() and write(), which are called without it.
+    """
+
+    def __init__(self, person: 'Optional[Person]' = None, nn_train: Optional[Callable] = None):
+        self.person = person  # who started it
+        self.learning_rate, self.training_iters = learning_rate, training_iters
+        self.batch_size, self.seed = batch_size, options.seed  # a resumed run keeps its own
+        self.live = calls(nn_train, 'params')  # does nn_train ask for new values while it trains?
+        self.busy = False  # is nn_train at work? It still is for a moment after 停止
+        self.error = None  # what nn_train raised
+        self.folder = None  # its checkpoints and its log; made when there is something to keep
+        self.checkpoint = None  # the file that can be resumed from
+        self.resumed = None  # what read_checkpoint() returned, if the run goes on with an earlier one
+        self.loaded = False  # has nn_train called load_checkpoint() for it?
+        self.unwritten = set()  # what could not be written, and the person was told so
+        self.history = []  # a row for every epoch: see LOG
+        self.losses = Losses()
+        self.loader = None  # refers to what the run trains with: see trains_with()
+        self.epochs = 0  # done
+        self.batch = self.batches = 0  # done and in all in this epoch; 0 when progress() is not used
+        self.passes = 0  # begun over the training data
+        self.in_epoch = False  # is one of them going on?
+        self.began = None  # when the first epoch began: data and network were ready
+        self.epoch_began = self.last_step = (
+            0  # when this epoch, or its part after 继续, began; when it last went on
+        )
+        self.epoch_from = 0  # the batch at which it began
+        self.seconds_before, self.epochs_before = 0, 0  # what a resumed run had behind it
+
+    def resume(self, path: str, state: dict) -> None:
+        """Go on with the checkpoint in `path`, which holds `state`."""
+        self.folder, self.checkpoint, self.resumed = os.path.dirname(path), path, state
+        self.learning_rate, self.training_iters, self.batch_size = state['params']
+        self.seed, self.losses = state['seed'], state['losses']
+        self.history = [tuple(row) for row in state['history']]
+        self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
+        self.seconds_before, self.epochs_before = state['seconds'], self.epochs_done()
+
+    def state(self, epoch: int, train_loss: Any, train_acc: Any) -> dict:
+        """Return what a checkpoint holds beside the network, the optimizer and the losses."""
+        return {
+            'epoch': epoch,
+            'train_loss': float(train_loss),
+            'train_acc': float(train_acc),
+            'data': data_name(),
+            'seed': self.seed,
+            'epochs': epoch - 1,
+            'batch': self.batch if self.in_epoch else 0,
+            'batches': self.batches,
+            'history': self.history[:],
+            'losses': {'size': self.losses.size, 'rest': self.losses.rest, 'last': self.losses.last},
+            'seconds': self.elapsed(),
+            'params': (self.learning_rate, self.training_iters, self.batch_size),
+        }
+
+    # -- what the training loop does
+
+    def start_clock(self) -> None:
+        """Note that the data and the network are ready, if it is not noted yet."""
+        if self.began is None and self.busy:
+            self.began = self.epoch_began = self.last_step = time.monotonic()
+
+    def trains_with(self, loader: Any) -> bool:
+        """Return whether the run trains with `loader`: the first one, or what came when that was gone."""
+        if self.loader is None or self.loader() is None:
+            try:
+                self.loader = weakref.ref(loader)
+            except TypeError:  # a list, say
+                self.loader = lambda: loader
+        return self.loader() is loader
+
+    def check_loaded(self) -> None:
+        """Raise RuntimeError when 继续 was said to an nn_train that begins from the start all the same."""
+        if self.resumed is not None and not self.loaded:
+            raise RuntimeError('这个训练函数没有调用 utils.load_checkpoint，不能“继续”，只能“开始”')
+
+    def start_epoch(self, batches: int) -> tuple:
+        """Begin a pass over the training data; return the epoch, from 1, and its batches already done."""
+        self.check_loaded()
+        self.start_clock()
+        if self.passes and self.batch:  # no chat_inf() came after the last one
+            self.epochs += 1
+        if self.passes:
+            self.batch = 0
+        self.passes += 1
+        self.in_epoch, self.batches, self.epoch_from = True, batches, self.batch
+        self.epoch_began = self.last_step = time.monotonic()
+        return self.epochs + 1, self.batch
+
+    def count_batch(self) -> None:
+        """Note that a batch is done."""
+        self.batch += 1
+        self.last_step = time.monotonic()
+
+    def is_cut_short(self) -> bool:
+        """Return whether 停止 came in the middle of a pass over the training data."""
+        return self.in_epoch and not running
+
+    def finish_epoch(self, epoch: int, loss: float, train_acc: float, test_acc: float) -> Report:
+        """Note that an epoch is done, and what came of it; return the report."""
+        self.check_loaded()
+        self.start_clock()
+        now = time.monotonic()
+        seconds = now - self.epoch_began
+        self.history.append((epoch, loss, train_acc, test_acc, self.learning_rate, round(seconds, 3)))
+        self.epochs, self.batch = epoch, 0
+        self.epoch_began = self.last_step = now
+        text = Report(
+            f'{data_note()}第 {epoch}/{self.length()} 轮\n损失 {loss:.4g}\n训练精度 {train_acc:.3f}\n'
+            f'测试精度 {test_acc:.3f}\n用时 {duration(seconds)}{self.time_left()}'
+        )
+        text.test_acc = test_acc
+        return text
+
+    # -- how far it has come
+
+    def length(self) -> int:
+        """Return the number of epochs that the run is to train."""
+        return max(self.training_iters, self.epochs + (self.batch > 0))
+
+    def epochs_done(self) -> float:
+        """Return how many epochs the run has done; 2.5 is amid the third."""
+        return self.epochs + (self.batch / self.batches if self.batches else 0)
+
+    def elapsed(self) -> float:
+        """Return for how many seconds the run has trained."""
+        return self.seconds_before + (time.monotonic() - self.began if self.began else 0)
+
+    def time_left(self) -> str:
+        """Return how long the run will take from here, in words; '' when nobody knows."""
+        done, length = self.epochs_done(), self.length()
+        if not self.began or not self.epochs_before < done < length:
+            return ''
+        epoch = (self.last_step - self.began) / (done - self.epochs_before)
+        return '，还需约 ' + duration(max(0, epoch * (length - done) - (time.monotonic() - self.last_step)))
+
+    def how_far(self) -> str:
+        """Return how far the run has come."""
+        text = f'完成 {self.epochs}/{self.length()} 轮'
+        return text + (f'，{self.place(self.batch)}' if self.batch else '')
+
+    def place(self, batch: int, to: str = '到') -> str:
+        """Return a place in the current epoch, in words."""
+        return f'第 {self.epochs + 1} 轮{to}第 {batch}/{self.batches} 批'
+
+    def best(self) -> Optional[tuple]:
+        """Return the row of the epoch with the best test accuracy, the first of them; None without epochs."""
+        return max(self.history, key=lambda row: row[3], default=None)
+
+    def best_line(self) -> str:
+        """Return the best test accuracy of the run, in words."""
+        return f'最好的测试精度 {self.best()[3]:.3f}（第 {self.best()[0]} 轮）'
+
+    # -- what can be said about it
+
+    def tell(self, letter: Any) -> None:
+        """Send what mail.put() takes to the one who started the run and to every supervisor."""
+        for person in people.audience(self.person):
+            mail.put(person, letter)
+
+    def status(self) -> str:
+        """Return where things stand, but for what follows for the machine."""
+        lines = ['训练中' if running else '正在停止' if self.busy else '空闲']
+        if self.history or self.batch or self.busy:
+            lines[0] += '：' + self.how_far() + ('' if self.busy else '（上次）')
+        else:
+            lines += filter(None, [resume_offer()])
+        if self.losses.last is not None:
+            lines.append(f'最近一批损失 {self.losses.last:.4g}')
+        if self.history:
+            epoch, loss, train_acc, test_acc, *_ = self.history[-1]
+            lines.append(f'第 {epoch} 轮：损失 {loss:.4g}\n精度：训练 {train_acc:.3f}，测试 {test_acc:.3f}')
+            lines.append(self.best_line())
+        if self.busy:
+            images = (self.batch - self.epoch_from) * self.batch_size
+            if self.in_epoch and images > 0:
+                lines.append(f'速度 {images / (self.last_step - self.epoch_began):.0f} 张/秒')
+            lines.append(f'已用 {duration(self.elapsed())}{self.time_left()}')
+        lines.append(self.values() if self.busy else values_now())
+        return data_note() + '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}'])
+
+    def values(self) -> str:
+        """Return the three values that the run trains with, in words."""
+        return values_text(self.learning_rate, self.training_iters, self.batch_size)
+
+    def closing_report(self, stopped: bool) -> str:
+        """Return how the run ended."""
+        error, lines = self.error, ['训练已停止' if stopped else '训练完成', self.how_far()]
+        if isinstance(error, FloatingPointError):
+            place = self.place(self.batch + 1, '') if self.in_epoch else f'第 {self.epochs + 1} 轮'
+            again = '继续' if self.checkpoint else '开始'
+            lines = [f'训练停下了：{error}', f'{place}，lr = {self.learning_rate:g}']
+            lines += [f'可以试试 lr {self.learning_rate / 10:g}，再发“{again}”']
+        elif error is not None:
+            lines = [f'训练出错，已结束（主机 {socket.gethostname()}）', *error_lines(error), self.how_far()]
+        if self.history:
+            lines.append(self.best_line())
+        if self.checkpoint and (error is not None or stopped):
+            lines.append(f'检查点在 {self.checkpoint}，发“继续”接着训练')
+        return data_note() + '\n'.join([*lines, '用时 ' + duration(self.elapsed())])
+
+    def curve(self) -> Callable:
+        """Return a function that draws the curves so far and returns the path of the picture.
+
+        The mail's thread calls it, without the lock: drawing takes a second.
+        """
+        draw = functools.partial(draw_curve, self.history[:], self.losses.points[:])
+
+        def picture():
+            path = self.write('curve.png', '曲线图', draw)
+            return pathlib.Path(path) if path else '曲线图没有画成。'
+
+        return picture
+
+    # -- its files
+
+    def make_folder(self) -> str:
+        """Return the folder of the run, made now if there is none."""
+        with lock:
+            name = os.path.join(RUNS, time.strftime('%Y%m%d-%H%M%S'))
+            others = (f'{name}-{i}' for i in itertools.count(2))  # for runs of the same second
+            while self.folder is None:
+                os.makedirs(RUNS, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o755)  # nobody else may put a checkpoint there: see open_private()
+                    self.folder = name
+                name = next(others)
+            return self.folder
+
+    def write(self, name: str, what: str, write: Callable) -> Optional[str]:
+        """Let write(path) write the file `name`, whole or not at all; return its path.
+
+        When the disk would not have it, tell that `what` was not written, once until it works again, and
+        return None.
+        """
         try:
-            globals()[name] = read_value(name, text)
-            chosen.add(name)
-            if running:
-                answer.append('%s：%s' % (SHORT[name], since_when(name)))
-        except ValueError as error:
-            answer.append(str(error))
-    return '\n'.join(answer + [values_now()])
+            path = os.path.join(self.make_folder(), name)
+            write_whole(path, write)
+            with lock:
+                self.unwritten.discard(what)
+            return path
+        except (OSError, RuntimeError) as error:  # MXNet's error for a full disk is a RuntimeError
+            with lock:
+                if what not in self.unwritten:
+                    self.tell(f'{what}没有写成：{first_line(error)}\n训练继续，以前写的还在。')
+                self.unwritten.add(what)
+            return None
 
 
-def since_when(name):
-    """Return from when a value counts that was set during a run. Needs the lock."""
-    if name == 'batch_size' or not run.live:
-        return '下次开始时生效'
-    return '从下一批起生效' if name == 'learning_rate' else '这次训练到第 %d 轮为止' % run_length()
+def calls(function: Optional[Callable], name: str) -> bool:
+    """Return whether the code of `function` itself names `name`, as `utils.name` or as a global."""
+    return name in getattr(getattr(function, '__code__', None), 'co_names', ())
 
 
-then_delay = 60  # seconds in which 取消 can be said
+def values_text(lr: float, ti: int, bs: int) -> str:
+    """Return the three values in words."""
+    return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}'
 
 
-def prepare_then(wechat_name):
-    """Say that the command of --then will run, and let it. Needs the lock."""
-    global then_timer
-    report('%d 秒后执行：%s\n不要执行就发“取消”。' % (then_delay, then_command), wechat_name)
-    then_timer = threading.Timer(then_delay, run_then, [wechat_name])
-    then_timer.start()
+def values_now() -> str:
+    """Return the three values as they stand for the next run. Needs the lock."""
+    return values_text(learning_rate, training_iters, batch_size)
 
 
-def run_then(wechat_name):
-    """Run the command of --then, unless it was called off at the last moment."""
-    global then_timer
-    with lock:
-        if then_timer is not threading.current_thread():
-            return
-        then_timer = None
-    wait_for_mail(30)
-    status = subprocess.run(then_command, shell=True).returncode
-    with lock:
-        report('已执行：%s\n退出状态 %d' % (then_command, status), wechat_name)
-
-
-def cancel_then():
-    """Call the command of --then off; return whether one was to run. Needs the lock."""
-    global then_timer
-    timer, then_timer = then_timer, None
-    if timer is not None:
-        timer.cancel()
-    return timer is not None
-
-
-# ------------------------------------------------------------------------------ what the answers say
-
-def values_now():
-    """Return the three values as they stand. Needs the lock."""
-    return '学习率 lr = %g\n轮数 ti = %d\n批量 bs = %d' % (learning_rate, training_iters, batch_size)
-
-
-def start_note():
-    """Return what a run is started with. Needs the lock."""
-    return '设备 %s\n%s' % (device(), values_now())
-
-
-def data_name():
-    """Return what the data are, for checkpoints."""
-    return DEMO if data_dir == DEMO else os.path.abspath(data_dir) if data_dir else 'Fashion-MNIST'
-
-
-def data_note():
+def data_note() -> str:
     """Return a line that says so when the images are no real ones."""
-    return '演示数据：程序画的图，不是 Fashion-MNIST\n' if data_dir == DEMO else ''
+    return '演示数据：程序画的图，不是 Fashion-MNIST\n' if data_source() is DEMO else ''
 
 
-def device():
+def device() -> str:
     """Return the name of the device that trains."""
     ctx = try_gpu()
-    return 'GPU %d' % ctx.device_id if ctx.device_type == 'gpu' else 'CPU'
+    return f'GPU {ctx.device_id}' if ctx.device_type == 'gpu' else 'CPU'
 
 
-def gpu_state():
-    """Return the use and the memory of the GPU that trains, as nvidia-smi tells them; '' without one."""
-    if try_gpu().device_type != 'gpu':
-        return ''
-    query = 'nvidia-smi --id=0 --query-gpu=utilization.gpu,memory.used,memory.total --format=csv,noheader,nounits'
+def gpu_state() -> str:
+    """Return what nvidia-smi says of the GPU that trains; it may take a moment."""
+    query = (
+        'nvidia-smi --id=0 --query-gpu=utilization.gpu,memory.used,memory.total --format=csv,noheader,nounits'
+    )
     try:
-        values = subprocess.run(query.split(), capture_output=True, text=True, timeout=0.8, check=True).stdout
-        return '，使用率 %s%%，显存 %s/%s MB' % tuple(values.strip().split(', '))
+        done = subprocess.run(query.split(), capture_output=True, text=True, timeout=5, check=True)
+        return '\nGPU 使用率 %s%%，显存 %s/%s MB' % tuple(done.stdout.strip().split(', '))
     except (OSError, subprocess.SubprocessError, TypeError):
         return ''
 
 
-def status(gpu):
-    """Return where things stand. Needs the lock."""
-    lines = ['训练中' if running else '正在停止' if run.busy else '空闲']
-    if run.history or run.batch or run.busy:
-        lines[0] += '：' + how_far() + ('' if run.busy else '（上次）')
-    else:
-        lines += filter(None, [resume_offer()])
-    if run.losses:
-        lines.append('最近一批损失 %.4g' % run.losses[-1][1])
-    if run.history:
-        lines.append('第 %d 轮：损失 %.4g\n精度：训练 %.3f，测试 %.3f' % run.history[-1][:4])
-        lines.append(best_line())
-    if run.busy:
-        batches, seconds = run.batch - run.epoch_from, time.monotonic() - run.epoch_began
-        if batches > 0:
-            lines.append('速度 %.0f 张/秒' % (batches * run.params[2] / seconds))
-        lines.append('已用 ' + duration(elapsed()) + time_left())
-    return data_note() + '\n'.join(lines + [values_now(), '设备 %s%s' % (device(), gpu), '主机 ' + socket.gethostname()])
+def error_lines(error: BaseException) -> list:
+    """Return what an exception says and where it was raised, in two lines for a phone."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f'{type(error).__name__}: {first_line(error)}']
+    return lines + [f'{os.path.basename(p.filename)} 第 {p.lineno} 行：{p.line}' for p in frames[-1:]]
 
 
-def resume_offer():
-    """Return what 继续 would go on with; '' when there is nothing, or it was trained to its end."""
-    path, state = last_checkpoint()
-    if path is None or (len(state['history']), state['batch']) == (state['params'][1], 0):
-        return ''
-    done = '完成 %d/%d 轮' % (len(state['history']), state['params'][1])
-    if state['batch']:
-        done += '，第 %d 轮到第 %d/%d 批' % (state['epoch'], state['batch'], state['batches'])
-    return '有没训练完的：%s，发“继续”接着训练' % done
-
-
-def run_length():
-    """Return the number of epochs that the run is to train. Needs the lock."""
-    return max(training_iters if run.live else run.params[1], len(run.history) + (run.batch > 0))
-
-
-def epochs_done():
-    """Return how many epochs the run has done; 2.5 is amid the third. Needs the lock."""
-    return len(run.history) + (run.batch / run.batches if run.batch else 0)
-
-
-def elapsed():
-    """Return for how many seconds the run has trained. Needs the lock."""
-    return run.seconds_before + time.monotonic() - run.began
-
-
-def time_left():
-    """Return how long the run will take from here, in words; '' when nobody knows. Needs the lock."""
-    done, length = epochs_done(), run_length()
-    if not run.done_before < done < length:
-        return ''
-    return '，还需约 ' + duration((elapsed() - run.seconds_before) / (done - run.done_before) * (length - done))
-
-
-def how_far():
-    """Return how far the run has come. Needs the lock."""
-    text = '完成 %d/%d 轮' % (len(run.history), run_length())
-    return text + ('，第 %d 轮到第 %d/%d 批' % (len(run.history) + 1, run.batch, run.batches) if run.batch else '')
-
-
-def best_line():
-    """Return the best test accuracy of the run. Needs the lock."""
-    best = best_row(run.history)
-    return '最好的测试精度 %.3f（第 %d 轮）' % (best[3], best[0])
-
-
-def best_row(history):
-    """Return the row of the epoch with the best test accuracy, the first of them; None without epochs."""
-    return max(history, key=lambda row: row[3], default=None)
-
-
-def closing_report():
-    """Return how the run ended. Needs the lock."""
-    error, lines = run.error, ['训练完成' if running else '训练已停止', how_far()]
-    if isinstance(error, FloatingPointError):
-        batch = '第 %d 轮第 %d/%d 批' % (len(run.history) + 1, run.batch + 1, run.batches) if run.batches else how_far()
-        lines = ['训练停下了：%s' % error, '%s，lr = %g' % (batch, learning_rate)]
-        lines += ['可以试试 lr %g，再发“%s”' % (learning_rate / 10, '继续' if run.checkpoint else '开始')]
-    elif error is not None:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        lines = ['训练出错，已结束（主机 %s）' % socket.gethostname(),
-                 '%s: %s' % (type(error).__name__, first_line(error)),
-                 '%s 第 %d 行：%s' % (os.path.basename(place.filename), place.lineno, place.line), how_far()]
-    if run.history:
-        lines.append(best_line())
-    if run.checkpoint and (error is not None or not running):
-        lines.append('检查点在 %s，发“继续”接着训练' % run.checkpoint)
-    return data_note() + '\n'.join(lines + ['用时 ' + duration(elapsed())])
-
-
-def first_line(error):
-    """Return the first line of what an exception says, for a phone."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says; MXNet puts a traceback of its own before it."""
     lines = str(error).strip().split('\n')
-    return (lines[-1 if lines[0].startswith('Traceback') else 0] or '没有说明')[:200]  # MXNet puts its own first
+    return (lines[-1 if lines[0].startswith('Traceback') else 0] or '没有说明')[:200]
 
 
-def curve():
-    """Return a function that draws the curves so far and returns '@img@' + the path of the picture.
+def duration(seconds: float) -> str:
+    """Return a duration in words, to the precision that a person needs.
 
-    The postman calls it: drawing takes a second. Needs the lock.
+    >>> duration(7.25), duration(80), duration(7500)
+    ('7.2 秒', '1 分 20 秒', '2 小时 5 分')
     """
-    draw = functools.partial(draw_curve, run.history[:], run.losses[:])
-    return lambda this_run=run: '@img@' + write_whole('curve.png', draw, this_run)
+    if seconds < 10:
+        return f'{seconds:.1f} 秒'
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f'{hours} 小时 {minutes} 分'
+    return f'{minutes} 分 {seconds} 秒' if minutes else f'{seconds} 秒'
 
 
-def draw_curve(history, losses, path):
+def draw_curve(history: list, losses: list, path: str) -> None:
     """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone."""
     from matplotlib.figure import Figure  # takes half a second, so not before it is needed
     from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(5, 6.5), dpi=160, layout='constrained')
-    figure.suptitle('drawn images, not Fashion-MNIST' if data_dir == DEMO else 'test acc %.3f after %d epochs' % (
-        history[-1][3], len(history)) if history else 'first epoch')
+    title = f'test acc {history[-1][3]:.3f} after {history[-1][0]} epochs' if history else 'first epoch'
+    figure.suptitle('drawn images, not Fashion-MNIST' if data_source() is DEMO else title)
     above, below = figure.subplots(2, sharex=True)
     if losses:
         above.plot(*zip(*losses), color='tab:blue', alpha=0.4, linewidth=0.8, label='loss of each batch')
@@ -1077,7 +1044,10 @@ def draw_curve(history, losses, path):
     above.legend(fontsize=12)
     # A few wild batches must not press the rest to the ground.
     finite = [loss for _, loss in losses if math.isfinite(loss)] + [row[1] for row in history]
-    above.set(ylabel='loss', ylim=(0, 1.2 * np.percentile(finite, 98) if finite else 1))
+    above.set(ylabel='loss')
+    if finite:
+        low, high = min(0, np.percentile(finite, 2)), max(0, np.percentile(finite, 98))
+        above.set_ylim(1.2 * low, 1.2 * high or 1)
     below.set(ylabel='accuracy', ylim=(0, 1), xlabel='epoch', xlim=(0, None))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
@@ -1085,496 +1055,1382 @@ def draw_curve(history, losses, path):
     figure.savefig(path, format='png')
 
 
-def duration(seconds):
-    """Return a duration in words, to the precision that a person needs.
+# ---------------------------------------------------------------------------------- the files of a run
 
-    >>> duration(7.25), duration(80), duration(7500)
-    ('7.2 秒', '1 分 20 秒', '2 小时 5 分')
+# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy), best.params,
+# log.csv and curve.png. Each is written under another name and then put in its place, so that there is
+# always a whole one; last.zip carries the checksums of what it holds.
+RUNS = 'runs'
+NEW = '.new'  # behind the name of what is being written
+
+
+def write_log(path: str, rows: list) -> None:
+    """Write the epochs as CSV."""
+    with open(path, 'w', newline='') as f:
+        csv.writer(f).writerows([LOG, *rows])
+
+
+def write_whole(path: str, write: Callable) -> None:
+    """Let write() write a file under another name, then put it in its place."""
+    try:
+        write(path + NEW)
+        os.chmod(path + NEW, 0o644)
+        with open(path + NEW, 'rb+') as f:
+            os.fsync(f.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(path + NEW, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + NEW)
+
+
+def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray) -> None:
+    """Write last.zip to `path`."""
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path), suffix=NEW) as folder:
+        net.save_parameters(os.path.join(folder, 'net.params'))
+        trainer.save_states(os.path.join(folder, 'trainer.states'))
+        np.save(os.path.join(folder, 'losses.npy'), losses)
+        with open(os.path.join(folder, 'run.json'), 'w') as f:
+            json.dump(state, f)
+        with zipfile.ZipFile(path, 'w') as checkpoint:
+            for name in os.listdir(folder):
+                checkpoint.write(os.path.join(folder, name), name)
+
+
+def read_checkpoint(path: str) -> dict:
+    """Return what save_checkpoint() kept in `path`, less the network and the optimizer.
+
+    Raises ValueError when it is damaged, PermissionError when others could have put it there.
     """
-    if seconds < 10:
-        return '%.1f 秒' % seconds
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return '%d 小时 %d 分' % (hours, minutes)
-    return '%d 分 %d 秒' % (minutes, seconds) if minutes else '%d 秒' % seconds
+    with open_private(path) as f:
+        try:
+            with zipfile.ZipFile(f) as checkpoint:
+                if checkpoint.testzip() is not None:
+                    raise ValueError('checksum')
+                state = json.loads(checkpoint.read('run.json'))
+                points = np.load(io.BytesIO(checkpoint.read('losses.npy'))).tolist()
+                state.setdefault('epochs', len(state['history']))  # not there in those of earlier versions
+                state['losses'] = Losses(map(tuple, points), **state.get('losses', {}))
+                return state
+        except Exception as error:  # whatever zipfile, json and numpy make of damaged bytes
+            raise ValueError(f'{path} 已损坏（{type(error).__name__}）') from None
+
+
+def last_checkpoint() -> tuple:
+    """Return (path, what it holds) of the newest checkpoint on the data now used, or (None, None).
+
+    One that is damaged is set aside under another name, one that others could have written is passed over.
+    """
+    paths = [path for path in glob.glob(os.path.join(RUNS, '*', 'last.zip')) if os.path.isfile(path)]
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        try:
+            state = read_checkpoint(path)
+            if state['data'] == data_name():
+                return path, state
+        except ValueError as error:
+            say(f'{error}，改名为 last.zip.damaged')
+            with contextlib.suppress(OSError):
+                os.replace(path, path + '.damaged')
+        except OSError as error:
+            say(f'不用 {path}：{error.strerror or error}')
+    return None, None
+
+
+def resume_offer() -> str:
+    """Return what 继续 would go on with, in words; '' when there is nothing, or it was trained to its end."""
+    path, state = last_checkpoint()
+    if path is None or (state['epochs'] >= state['params'][1] and not state['batch']):
+        return ''
+    found = Run()
+    found.resume(path, state)
+    return f'有没训练完的：{found.how_far()}，发“继续”接着训练'
+
+
+def open_private(path: str) -> Any:
+    """Open a file to read bytes that are executed when they are unpickled.
+
+    Raises PermissionError, with the way out, unless the file belongs to the user and nobody else can write it
+    or exchange it in its folder.
+    """
+    f = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
+    folder = os.path.dirname(os.path.abspath(path))
+    if not is_own(os.fstat(f.fileno())) or not (
+        is_own(os.stat(folder)) or os.stat(folder).st_mode & stat.S_ISVTX
+    ):
+        f.close()
+        raise PermissionError(
+            0,
+            f'别人能改写这个文件或它的文件夹，里面可能是别人放的东西；是自己的就 chmod go-w {path} {folder}',
+        )
+    return f
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Return whether a file or folder is the user's (a folder may be root's) and nobody else may write it.
+
+    A group that has nobody else in it is no danger: on many systems everybody has one.
+    """
+    if status.st_uid != os.getuid() and not (status.st_uid == 0 and stat.S_ISDIR(status.st_mode)):
+        return False
+    shared = bool(status.st_mode & stat.S_IWOTH)
+    if status.st_mode & stat.S_IWGRP:
+        try:
+            shared |= status.st_gid != os.getgid() or bool(grp.getgrgid(status.st_gid).gr_mem)
+        except KeyError:
+            shared = True
+    return not shared
+
+
+def remove_leftovers() -> None:
+    """Remove what a program that was killed has left half written."""
+    for path in glob.glob(os.path.join(RUNS, '*', '*' + NEW)):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+# ------------------------------------------------------------------------------ who may command
+
+
+class Person:
+    """Somebody who writes to the account.
+
+    Within a login it is `user_name`, WeChat's, that says who it is; `name`, what WeChat shows, serves for
+    reading and for finding the person again at the next login. Changed by People alone.
+    """
+
+    def __init__(self, name: str, user_name: Optional[str]):
+        self.name, self.user_name = name, user_name
+
+
+OWNER = Person('filehelper', 'filehelper')  # the account's own notes to 文件传输助手
+
+
+class People:
+    """Who writes to the account, and who of them may command.
+
+    The main thread brings the messages and the logins, the others ask for audience() and addresses; `guard`
+    guards what it knows.
+    """
+
+    def __init__(self):
+        self.guard = threading.Lock()
+        self.known = {'filehelper': OWNER}  # UserName -> Person, of this login
+        self.supervisors = []
+        self.refused = set()  # those who were told that they may not command
+
+    def writer(self, msg: dict) -> Optional[Person]:
+        """Return the friend, or the owner, who wrote a message; None for anybody else's."""
+        user_name = msg['User'].get('UserName')
+        if user_name == 'filehelper':  # the owner's note to oneself: its FromUserName is the owner's own
+            return OWNER if msg['ToUserName'] == 'filehelper' else None
+        # Unequal: the owner writes to a friend. No NickName: not in the contacts, or WeChat itself.
+        if user_name != msg['FromUserName'] or 'NickName' not in msg['User']:
+            return None
+        with self.guard:
+            return self.meet(msg['User'])
+
+    def meet(self, friend: dict) -> Person:
+        """Return the Person that an entry of the contacts stands for. Needs the guard."""
+        name = friend.get('RemarkName') or friend.get('NickName') or '（没有名字）'
+        person = self.known.setdefault(friend['UserName'], Person(name, friend['UserName']))
+        person.name = name
+        return person
+
+    def permit(self, person: Person) -> bool:
+        """Return whether `person` may command; one who may not is told so, once."""
+        with self.guard:
+            first = person is not OWNER and not self.supervisors and not options.supervisor
+            if first:
+                self.supervisors.append(person)
+            permitted = person is OWNER or person in self.supervisors
+            to_refuse = not permitted and person not in self.refused
+            if to_refuse:
+                self.refused.add(person)
+        if first:
+            mail.put(person, '程序结束前，只有你（和机主）能下命令。')
+        if to_refuse:
+            mail.put(person, '抱歉，这里的训练由别人监督，你的命令没有执行。')
+        return permitted
+
+    def audience(self, person: Optional[Person]) -> set:
+        """Return who gets the reports of a run that `person` has started."""
+        with self.guard:
+            return {person, *self.supervisors} - {None}
+
+    def address(self, person: Person) -> Optional[str]:
+        """Return the UserName that reaches `person` in this login, or None."""
+        with self.guard:
+            return person.user_name
+
+    def find_again(self, new_names: bool) -> None:
+        """After a login: find the supervisors among the friends, and all others if UserNames are new."""
+        friends = itchat.instance.get_friends()[1:]  # the first is the account itself
+        with self.guard:
+            if new_names:
+                persons = [*self.known.values(), *self.supervisors, *self.refused]
+                self.known = {'filehelper': OWNER}
+                for person in dict.fromkeys(persons):
+                    if person is not OWNER:
+                        person.user_name = None
+                        self.find(friends, person.name, person)
+            for name in options.supervisor:
+                person = self.find(friends, name)
+                if person and person not in self.supervisors:
+                    self.supervisors.append(person)
+
+    def find(self, friends: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
+        """Return the one friend called `name`, as `person` if given, or say why not. Needs the guard.
+
+        The owner's remarks count before the nicknames, which their bearers choose.
+        """
+        shown = [f for f in friends if f.get('RemarkName') == name]
+        shown = shown or [f for f in friends if f.get('NickName') == name and not f.get('RemarkName')]
+        shown = shown or [f for f in friends if f.get('NickName') == name]
+        if len(shown) == 1:
+            if person is not None and shown[0]['UserName'] not in self.known:
+                person.user_name = shown[0]['UserName']
+                self.known[person.user_name] = person
+            return self.meet(shown[0])
+        why = f'有 {len(shown)} 个好友叫这个名字，请用备注名区分' if shown else '好友里没有这个人'
+        if person is None or person in self.supervisors:
+            say(f'监督人“{visible(name)}”：{why}')
+        return None
+
+
+# ------------------------------------------------------------------ what a person in the chat can say
+
+NAMES = {'lr': 'learning_rate', 'ti': 'training_iters', 'bs': 'batch_size'}
+LIMITS = {  # type, smallest, largest, what to write in Chinese
+    'learning_rate': (float, 1e-9, 100, '学习率要大于 0、不超过 100，例如 lr 0.1'),
+    'training_iters': (int, 1, 100000, '轮数要是 1 到 100000 的整数，例如 ti 5'),
+    'batch_size': (int, 1, 10000, '批量要是 1 到 10000 的整数，例如 bs 128'),
+}
+
+
+def parse(text: str) -> Any:
+    """Return the command in a chat text: a word of COMMANDS, or a list of (name, value) to set, both strings;
+    None when it is no command.
+
+    >>> parse('LR＝０.１，ti 5')
+    [('learning_rate', '0.1'), ('training_iters', '5')]
+    """
+    if len(text) > 200:
+        return None
+    text = unicodedata.normalize('NFKC', text).lower()  # NFKC: full-width to ASCII
+    text = text.replace('\ufeff', '').strip().rstrip('。.!')
+    for word, command in COMMANDS.items():
+        if text in (word, command.chinese):
+            return word
+    parts = re.split(r'[\s=:,;、]+', text)
+    names = [NAMES.get(name, name) for name in parts[::2]]
+    values = parts[1::2]
+    if len(names) == len(values) and set(names) <= set(LIMITS) and all(v.isascii() and v for v in values):
+        return list(zip(names, values))
+    return None
+
+
+def read_value(name: str, text: str) -> Any:
+    """Return the number that `text` writes for the parameter `name`; ValueError says what is allowed."""
+    kind, smallest, largest, allowed = LIMITS[name]
+    number = r'[+-]?\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
+    if re.fullmatch(number, text) and smallest <= kind(text) <= largest:
+        return kind(text)
+    raise ValueError(f'{text[:20]} 不行：{allowed}')
+
+
+class Asked(NamedTuple):
+    """What a command's function is called with, by the main thread, which holds the lock."""
+
+    person: Person
+    nn_train: Callable
+
+
+def start(asked: Asked) -> str:
+    """Start the training thread from the beginning."""
+    global run
+    if is_busy():
+        return is_busy()
+    run = Run(asked.person, asked.nn_train)
+    return f'{data_note()}开始训练{start_thread(asked.nn_train)}\n设备 {device()}\n{run.values()}'
+
+
+def resume(asked: Asked) -> str:
+    """Start the training thread from the last checkpoint."""
+    global run, learning_rate, training_iters, batch_size
+    if is_busy():
+        return is_busy()
+    path, state = last_checkpoint()
+    if path is None:
+        return '没有可以继续的训练，发“开始”从头训练。'
+    mine = learning_rate, training_iters, batch_size
+    lr, ti, bs = (
+        value if name in chosen else kept for name, value, kept in zip(LIMITS, mine, state['params'])
+    )
+    if state['epochs'] >= ti:
+        more = state['epochs'] + 3
+        return f'上次的 {state["epochs"]} 轮都训练完了。要再训练，先发 ti {more}，再发“继续”。'
+    note = ''
+    if state['batch'] and bs != state['params'][2]:  # another batch size does not fit the epoch begun
+        note = f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
+    learning_rate, training_iters, batch_size = lr, ti, bs
+    state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
+    run = Run(asked.person, asked.nn_train)
+    run.resume(path, state)
+    said = start_thread(asked.nn_train)
+    return f'{data_note()}继续训练{said}\n{run.how_far()}\n设备 {device()}\n{run.values()}{note}'
+
+
+def is_busy() -> str:
+    """Return what to answer when a run is still going on, else ''. Needs the lock."""
+    if running:
+        return f'已经在训练了：{run.how_far()}。\n发“停止”可以停下。'
+    return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.busy else ''
+
+
+def start_thread(nn_train: Callable) -> str:
+    """Let the training thread begin with `run`; return what to add to the answer. Needs the lock."""
+    global running
+    running = run.busy = True
+    trainings.append(training_thread.submit(train, nn_train, run))
+    return f'（“{options.then}”已取消）' if countdown.cancel() else ''
+
+
+# One thread for all runs: MXNet keeps some 5 MB for every thread that ever trained.
+training_thread = concurrent.futures.ThreadPoolExecutor(1, 'training')
+trainings = collections.deque(maxlen=1)  # the Future of the last run
+
+
+def wait_for_training() -> None:
+    """Wait until the training thread has nothing to do."""
+    for training in list(trainings):
+        training.result()
+
+
+def train(nn_train: Callable, this_run: Run) -> None:
+    """Run nn_train to its end, in the training thread; whatever it raises, the next 开始 works."""
+    mx.random.seed(this_run.seed)
+    try:
+        nn_train(this_run.person.name, (this_run.learning_rate, this_run.training_iters, this_run.batch_size))
+    except BaseException as error:  # sys.exit(), too
+        traceback.print_exc()
+        with lock:
+            this_run.error = error
+            if not this_run.busy:
+                this_run.tell('\n'.join(['训练结束以后，训练函数又出错了', *error_lines(error)]))
+    finally:
+        if this_run.busy:  # nn_train has not called lock_end
+            lock_end(this_run.person.name)
+        gc.collect()  # a network refers to itself; its 60 MB would wait for days
+
+
+def stop(asked: Optional[Asked] = None) -> str:
+    """Let the run end after the batch that it is at."""
+    global running
+    if running:
+        running = False
+        return '好，这一批算完就停。'
+    return '已经在停了，请等结束报告。' if run.busy else '现在没有训练，发“开始”就开始。'
+
+
+def status(asked: Asked) -> Any:
+    """Say where things stand."""
+    text = run.status()
+    return (
+        text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
+    )  # asked by the mail's thread
+
+
+def plot(asked: Asked) -> Any:
+    """Draw the curves."""
+    return run.curve() if run.losses.points or run.history else '还没有可画的：训练开始后再发“曲线”。'
+
+
+def show_params(asked: Asked) -> str:
+    """Say the three values."""
+    return values_now()
+
+
+def cancel(asked: Asked) -> str:
+    """Call the command of --then off."""
+    return '好，不执行了。' if countdown.cancel() else '没有要取消的。'
+
+
+def show_help(asked: Asked) -> str:
+    """List the commands."""
+    return HELP
+
+
+class Command(NamedTuple):
+    """What a word in the chat does: its function, which returns what mail.put() takes, and its help."""
+
+    chinese: str
+    function: Callable
+    help: str
+
+
+COMMANDS = {
+    'start': Command('开始', start, '从头训练'),
+    'stop': Command('停止', stop, '算完这一批就停'),
+    'resume': Command('继续', resume, '接着上次的训练'),
+    'status': Command('状态', status, '现在到哪了'),
+    'plot': Command('曲线', plot, '损失和精度的图'),
+    'params': Command('参数', show_params, '看 lr、ti、bs 三个值'),
+    'cancel': Command('取消', cancel, '不执行训练后的命令'),
+    'help': Command('帮助', show_help, ''),
+}
+HELP = '\n'.join(
+    [f'{command.chinese}：{command.help}' for command in COMMANDS.values() if command.help]
+    + ['lr 0.1：学习率', 'ti 5：训练几轮', 'bs 128：每批几张']
+)
+
+chosen = set()  # which of the three values a person has set: 继续 takes the others from the checkpoint
+
+
+def set_values(pairs: list) -> str:
+    """Set each of [(name, text)] that is allowed; return the answer. Needs the lock."""
+    answer = []
+    for name, text in pairs:
+        try:
+            set_value(name, read_value(name, text))
+            chosen.add(name)
+            if running:
+                answer.append(f'{text_of(name)}：{apply_to_run(name)}')
+        except ValueError as error:
+            answer.append(str(error))
+    return '\n'.join([*answer, values_now()])
+
+
+def set_value(name: str, value: Any) -> None:
+    """Set one of the three values for the next run. Needs the lock."""
+    global learning_rate, training_iters, batch_size
+    if name == 'learning_rate':
+        learning_rate = value
+    elif name == 'training_iters':
+        training_iters = value
+    else:
+        batch_size = value
+
+
+def apply_to_run(name: str) -> str:
+    """Give a new value to the run, if it asks for new ones; return from when. Needs the lock."""
+    if name == 'batch_size' or not run.live:
+        return '下次开始时生效'
+    if name == 'learning_rate':
+        run.learning_rate = learning_rate
+        return '从下一批起生效'
+    run.training_iters = training_iters
+    return f'这次训练到第 {run.length()} 轮为止'
+
+
+def text_of(name: str) -> str:
+    """Return how a person writes the name of a value."""
+    return next(short for short, long in NAMES.items() if long == name)
+
+
+def chat_supervisor(nn_train: Callable) -> None:
+    """Register the handler of friends' text messages; 开始 trains with nn_train(wechat_name, params).
+
+    Any `nn_train` will do that calls lock_start, chat_inf and lock_end as a tutorial's loop does. `params`
+    is (learning_rate, training_iters, batch_size).
+    """
+
+    @itchat.msg_register(itchat.content.TEXT)
+    def chat_trigger(msg):
+        command = parse(msg['Text'])
+        person = people.writer(msg) if command else None
+        if person is None:
+            return
+        name = visible(person.name)
+        itchat.instance.log(f'{name}：{visible(msg["Text"].strip())}')
+        if people.permit(person):
+            with lock:  # the answer is queued before it is let go: no report of the run overtakes it
+                mail.put(person, answer(command, Asked(person, nn_train), msg))
+        else:
+            itchat.instance.log(f'{name} 不能下命令')
+        itchat.instance.keep_session()
+
+
+def answer(command: Any, asked: Asked, msg: dict) -> Any:
+    """Carry out a command that parse() found and return the answer. Needs the lock."""
+    try:
+        written = msg.get('CreateTime', started)
+        if written < started and itchat.instance.server_time() - written > 600:
+            return f'“{msg["Text"].strip()[:20]}”太早了，是程序不在时写的，没有执行。还要就再发一次。'
+        if isinstance(command, list):
+            return set_values(command)
+        return COMMANDS[command].function(asked)
+    except Exception as error:  # itchat would swallow it, and the person wait for an answer
+        traceback.print_exc()
+        return f'程序出错：{type(error).__name__}: {first_line(error)}'
+
+
+started = time.time()  # of the program
+
+
+class Countdown:
+    """The command of --then: announced, held back for a minute, run.
+
+    A thread for each announcement runs it; all threads start and cancel it, with `lock`, which guards it.
+    """
+
+    ANNOUNCING = 600  # seconds to wait for a session in which it can be announced
+
+    def __init__(self):
+        self.cancelled = None  # the Event that calls off what is to be run; None when nothing is
+        self.thread = None
+
+    def start(self, person: Person) -> None:
+        """Announce the command and let it run when nobody says 取消. Needs the lock."""
+        self.cancelled = threading.Event()
+        run.tell(f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。')
+        self.thread = threading.Thread(target=self.count, args=(self.cancelled, run), daemon=True)
+        self.thread.start()
+
+    def count(self, cancelled: threading.Event, this_run: Run) -> None:
+        """Wait until the announcement is sent (ten minutes at most), then for the delay; run the command."""
+        mail.wait(self.ANNOUNCING)
+        if cancelled.wait(options.then_delay):
+            return
+        with lock:
+            if cancelled.is_set():
+                return
+            self.cancelled = None
+        status = subprocess.run(options.then, shell=True).returncode
+        with lock:
+            this_run.tell(f'已执行：{options.then}\n退出状态 {status}')
+
+    def cancel(self) -> bool:
+        """Call the command off; return whether one was to run. Needs the lock."""
+        cancelled, self.cancelled = self.cancelled, None
+        if cancelled is not None:
+            cancelled.set()
+        return cancelled is not None
+
+    def wait(self) -> None:
+        """Wait until nothing is to be run."""
+        if self.thread is not None:
+            self.thread.join()
 
 
 # ---------------------------------------------------------------------------------- how words travel
 
-chat = itchat    # what carries the words; utils.chat = Console() puts the terminal in its place
 
-# `mail` guards these, and is told of every change.
-mail = threading.Condition()
-outbox = collections.deque()  # [wechat_name, text] to be sent, in order
-online = False   # is there a session to send in?
-sending = None   # the text that WeChat has been given and has not answered yet
-own = collections.deque(maxlen=1000)  # MsgIDs of what was sent; the text where the answer got lost
+class Outbox:
+    """What is to be sent to one person, in order. Part of Mail, and guarded as it is."""
 
-
-def chat_send(text, wechat_name):
-    """Hand `text`, or a function that returns it, to the postman; returns at once."""
-    with mail:
-        outbox.append([wechat_name, text])
-        mail.notify_all()
+    def __init__(self):
+        self.letters = collections.deque()
+        self.tries = 0  # failed so far, of the first letter
+        self.due = 0  # when to try again, by time.monotonic()
+        self.late = False  # has something had to wait? Then it is merged
 
 
-def report(text, wechat_name):
-    """Send `text` to the one who started the run and to every supervisor. Needs the lock."""
-    for name in {wechat_name, *commanders}:
-        chat_send(text, name)
+class Mail:
+    """The mail: an outbox for each person, emptied by one thread, for ever.
 
-
-def set_online(value):
-    """Tell the postman that a session has begun or ended."""
-    global online
-    with mail:
-        online = value
-        mail.notify_all()
-
-
-def deliver():
-    """Send what is in the outbox, in order, for ever: the postman's work.
-
-    What is refused is tried again after growing pauses, what waits for a session is sent in the next
-    one, and what has had to wait is merged.
+    Every thread puts letters in, with `lock` or without. `changed` guards everything, and is told of every
+    change; while it is held nothing is sent, drawn or locked.
     """
-    tries, late = 0, False
-    while True:
-        with mail:
-            late = late or bool(outbox and not online)
-            mail.wait_for(lambda: outbox and online)
-            if late:
-                merge_waiting()
-            wechat_name, text = letter = outbox[0]
-        if callable(text):
-            try:
-                text = letter[1] = text()
-            except (OSError, RuntimeError) as error:
-                text = letter[1] = '图没有画成：' + first_line(error)
-        problem, final = send_now(wechat_name, text)
-        with mail:
-            if problem and not (final and tries >= 5):
-                tries, late = tries + 1, True
-                log('还没有发出去（%s），会再试。' % problem)
-                mail.wait_for(lambda: not online, timeout=min(2 ** (tries - 1), 60))
-                continue
-            outbox.popleft()
-            mail.notify_all()
-            tries, late = 0, late and bool(outbox)
-        if problem:
-            write_undelivered([(wechat_name, text)], problem)
-        else:
-            log('已发送给 %s：%s' % (wechat_name, text))
+
+    SCREENFUL, LONGEST = 4, 1800  # reports in a message; characters in one
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.outboxes = {}  # Person -> Outbox
+        self.online = False  # is there a session to send in?
+        self.thread = threading.Thread(target=self.deliver, name='mail', daemon=True)
+
+    def put(self, person: Person, letter: Any) -> None:
+        """Queue a text, or a function that returns a text or the path of a picture; return at once."""
+        with self.changed:
+            self.outboxes.setdefault(person, Outbox()).letters.append(letter)
+            self.changed.notify_all()
+
+    def set_online(self, online: bool) -> None:
+        """Note that a session has begun or ended. What was refused in the old one is tried in the new one."""
+        with self.changed:
+            self.online = online
+            for outbox in self.outboxes.values():
+                outbox.due = 0
+                outbox.late |= not online and bool(outbox.letters)
+            self.changed.notify_all()
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """Wait until everything is sent; return False when it was not in `timeout` seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not any(o.letters for o in self.outboxes.values()), timeout)
+
+    def deliver(self) -> None:
+        """Send what is in the outboxes: the work of the mail's thread."""
+        while True:
+            person, outbox = self.next_outbox()
+            problem, count = self.send_from(person, outbox)
+            with self.changed:
+                if problem:
+                    outbox.tries, outbox.late = outbox.tries + 1, True
+                    outbox.due = time.monotonic() + min(2 ** (outbox.tries - 1), 60)
+                else:
+                    for _ in range(count):
+                        outbox.letters.popleft()
+                    outbox.tries, outbox.late = 0, outbox.late and bool(outbox.letters)
+                self.changed.notify_all()
+            if problem:
+                itchat.instance.log(f'还没有发给 {visible(person.name)}（{problem}），会再试。')
+
+    def next_outbox(self) -> tuple:
+        """Wait for an outbox from which something can be sent now; return its person and itself."""
+        with self.changed:
+            while True:
+                waiting = [
+                    (o.due, person) for person, o in self.outboxes.items() if o.letters and self.online
+                ]
+                due, person = min(waiting, key=lambda pair: pair[0], default=(None, None))
+                now = time.monotonic()
+                if person is not None and due <= now:
+                    self.outboxes[person].due = now  # those who wait longer come first
+                    return person, self.outboxes[person]
+                for outbox in self.outboxes.values():
+                    outbox.late |= bool(outbox.letters) and not self.online
+                self.changed.wait(None if person is None else due - now)
+
+    def send_from(self, person: Person, outbox: Outbox) -> tuple:
+        """Send the first letter, or the first ones as one; return why it did not go ('') and how many.
+
+        No exception of a letter ends the thread: after five tries the letter is put into the run's folder.
+        Of an exception only the type is told: what it says may hold the session's secrets.
+        """
+        try:
+            content, count = self.open(outbox)
+            problem = send(person, content)
+            if not problem:
+                itchat.instance.log(f'已发送给 {visible(person.name)}：{content}')
+            return problem, count
+        except requests.RequestException as error:
+            return type(error).__name__, 0
+        except Exception as error:  # a bug of ours, of itchat's, or an answer that nobody has thought of
+            problem = type(error).__name__
+            if outbox.tries < 5:
+                return problem, 0
+            with self.changed:
+                letter = outbox.letters[0]
+            write_undelivered([(person, letter)], problem)
+            return '', 1
+
+    def open(self, outbox: Outbox) -> tuple:
+        """Return what is to be sent next from an outbox, a text or a path, and how many letters that is."""
+        with self.changed:
+            letter = outbox.letters[0]
+        if callable(letter):
+            letter = letter()
+            with self.changed:
+                outbox.letters[0] = letter
+        with self.changed:
+            return self.merge(outbox.letters) if outbox.late and isinstance(letter, str) else (letter, 1)
+
+    def merge(self, letters: Iterable) -> tuple:
+        """Return one text for the texts at the head of `letters`, and how many they are.
+
+        When there are more reports than a screenful, the first, the best and the last are in it.
+        """
+        texts = list(itertools.takewhile(lambda letter: isinstance(letter, str), letters))
+        reports = [text for text in texts if isinstance(text, Report)]
+        kept = reports
+        if len(reports) > self.SCREENFUL:
+            kept = [reports[0], max(reports, key=lambda report: report.test_acc), reports[-1]]
+        merged, left_out, count = [], 0, 0
+        for text in texts:
+            if isinstance(text, Report) and not any(text is other for other in kept):
+                left_out += 1
+            else:
+                note = [f'（略去 {left_out} 份报告，都在 log.csv 里）'] if left_out else []
+                if merged and sum(map(len, [*merged, *note, text])) > self.LONGEST:
+                    break
+                merged, left_out = [*merged, *note, text], 0
+            count += 1
+        return '\n\n'.join(merged), count - left_out
+
+    def undelivered(self) -> list:
+        """Return (person, letter) for everything that is not sent."""
+        with self.changed:
+            return [(person, letter) for person, o in self.outboxes.items() for letter in o.letters]
 
 
-postman = threading.Thread(target=deliver, name='postman', daemon=True)
+def send(person: Person, content: Any) -> str:
+    """Send a text or a picture through the client; return why it did not go, '' when it did."""
+    to = people.address(person)
+    if to is None:
+        return '好友里找不到这个人'
+    if isinstance(content, pathlib.Path):
+        answer = itchat.instance.send_image(str(content), to)
+    else:
+        answer = itchat.instance.send_msg(content.encode('utf-8', 'backslashreplace').decode(), to)
+    return '' if answer else f'Ret {answer["BaseResponse"].get("Ret")}'
 
 
-def merge_waiting():
-    """Merge the texts for one person at the head of the outbox, up to what WeChat takes. Needs `mail`."""
-    first = outbox[0]
-    while len(outbox) > 1 and outbox[1][0] == first[0] and all(
-            isinstance(text, str) and not text.startswith('@img@') for text in (first[1], outbox[1][1])) and (
-            len(first[1]) + len(outbox[1][1]) < 1800):
-        first[1] += '\n\n' + outbox[1][1]
-        del outbox[1]
+def write_undelivered(letters: list, why: str) -> None:
+    """Put what could not be delivered into the run's folder."""
+    for person, letter in letters:
+        if isinstance(letter, str):
+            say(f'没有发给 {visible(person.name)}（{why}）：{letter}')
+            with contextlib.suppress(OSError):
+                path = os.path.join(run.make_folder(), 'undelivered.txt')
+                with open(path, 'a', encoding='utf-8', errors='backslashreplace') as f:
+                    f.write(f'{time.strftime("%F %T")} {person.name}（{why}）\n{letter}\n\n')
 
 
-def send_now(wechat_name, text):
-    """Send once; return why it did not go ('' when it did) and whether that is the message's own fault."""
-    try:
-        to = address(wechat_name)
-        if to is None:
-            return '好友里找不到“%s”' % wechat_name, True
-        answer = send_as_own(text, to)
-        code = 0 if answer else answer['BaseResponse'].get('Ret')
-        # 1205: too frequent; 1100 to 1102: logged out; -1000, -1004: the server's own trouble
-        return '' if code == 0 else 'Ret %s' % code, code not in (1205, 1100, 1101, 1102, -1000, -1004)
-    except requests.RequestException as error:
-        return type(error).__name__, False
-    except (LookupError, ValueError, OSError) as error:  # itchat with half a session; a file that is gone
-        return repr(error), True
-
-
-def send_as_own(text, to):
-    """Send, and keep by what to know the message when it comes back; see is_own()."""
-    global sending
-    with mail:
-        sending, mark = text, text
-    try:
-        answer = chat.send(text, to)
-        mark = str(answer.get('MsgID'))
-        return answer
-    finally:
-        with mail:
-            sending = None
-            own.append(mark)
-            mail.notify_all()
-
-
-def is_own(msg):
-    """Return whether the program itself sent a message: from 文件传输助手 it comes back."""
-    with mail:
-        mail.wait_for(lambda: sending != msg['Text'])  # before that its MsgID is not known
-        for mark in (str(msg.get('MsgId', '')), msg['Text']):
-            if mark in own:
-                own.remove(mark)
-                return True
-        return False
-
-
-def address(wechat_name):
-    """Return the UserName that reaches `wechat_name` in this login, or None."""
-    if wechat_name == 'filehelper':
-        return wechat_name
-    if wechat_name.startswith('@'):
-        return wechat_name if chat.search_friends(userName=wechat_name) else None
-    with lock:
-        if wechat_name not in addresses:
-            friends = chat.search_friends(name=wechat_name)
-            if len(friends) == 1:
-                addresses[wechat_name] = friends[0]['UserName']
-        return addresses.get(wechat_name)
-
-
-def write_undelivered(letters, why):
-    """Put what could not be delivered into the run's log."""
-    for wechat_name, text in letters:
-        if not callable(text):
-            say('没有发给 %s（%s）：%s' % (wechat_name, why, text))
-            with contextlib.suppress(OSError), open(os.path.join(run_folder(run), 'undelivered.txt'), 'a',
-                                                    encoding='utf-8') as f:
-                f.write('%s %s（%s）\n%s\n\n' % (time.strftime('%F %T'), wechat_name, why, text))
-
-
-def say(text):
+def say(text: str) -> None:
     """Print `text` on the terminal with the time, above a progress bar if there is one."""
-    tqdm.write(time.strftime('%H:%M:%S ') + text)
+    lines = [visible(line) for line in text.split('\n')]
+    tqdm.write(time.strftime('%H:%M:%S ') + '\n'.join(lines))
 
 
-def log(text):
-    """Print what goes through WeChat; the Console has it on the terminal already."""
-    if chat is itchat:
+def visible(text: str) -> str:
+    """Return a text with its control characters written out: strangers' texts must not steer the terminal.
+
+    >>> visible('a\\x1b[2J')
+    'a\\\\x1b[2J'
+    """
+    hidden = ('Cc', 'Cf', 'Cs', 'Zl', 'Zp')
+    return ''.join(ascii(c)[1:-1] if unicodedata.category(c) in hidden else c for c in text)
+
+
+# ------------------------------------------------------------------------------- what carries the words
+
+
+class SafeStream:
+    """The standard output or error: writing never raises, though the disk is full or the terminal gone."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def make_streams_safe() -> None:
+    """Let nothing that is said or typed raise."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if not isinstance(stream, SafeStream):
+            if hasattr(stream, 'reconfigure'):
+                stream.reconfigure(errors='replace')  # a terminal without Chinese is no reason to end
+            setattr(sys, name, SafeStream(stream))
+    if hasattr(sys.stdin, 'reconfigure'):
+        sys.stdin.reconfigure(errors='replace')
+
+
+class Client(itchat.Core):
+    """What carries the words: the interface is itchat's. Here is what WeChat and the terminal have in common:
+    how the program begins and ends.
+
+    The main thread calls it, but for send_msg(), send_image() and log(), which the mail's thread calls too.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.exit_signal = None  # Ctrl-C, SIGTERM or SIGHUP, once it has come
+        self.interruptible = False  # is the main thread waiting for something that a signal may cut off?
+        self.folder_lock = None
+
+    def begin(self) -> None:
+        """Begin the program, once; end it when another one is at work in this folder."""
+        if self.folder_lock is None:
+            make_streams_safe()
+            self.folder_lock = lock_folder()
+            remove_leftovers()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, self.leave)
+                signal.signal(signal.SIGTERM, self.leave)
+                if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+                    signal.signal(signal.SIGHUP, self.leave)
+            mail.thread.start()
+
+    def leave(self, number, frame) -> None:
+        """The first signal ends the program in order, the second at once."""
+        if self.exit_signal is not None:
+            os._exit(128 + number)
+        self.exit_signal = number
+        if self.interruptible:
+            raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator:
+        """Around what may take long: a signal cuts it off with SystemExit, also one that came before."""
+        self.interruptible = True
+        try:
+            if self.exit_signal is not None:
+                raise SystemExit(128 + self.exit_signal)
+            yield
+        finally:
+            self.interruptible = False
+
+    def end(self) -> None:
+        """End the program: stop the run if a signal says so, deliver the last words, exit.
+
+        The status is 0; 1 after a crash; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        """
+        with lock:
+            if self.exit_signal is not None:
+                countdown.cancel()
+                stop()
+        wait_for_training()
+        countdown.wait()
+        if self.exit_signal is not None:
+            mail.wait(5 if mail.online else 0)
+        else:
+            mail.wait()
+        write_undelivered(mail.undelivered(), '程序结束了')
+        sys.exit(int(run.error is not None) if self.exit_signal is None else 128 + self.exit_signal)
+
+    def log(self, text: str) -> None:
+        """Print what goes through the chat."""
         say(text)
 
+    def keep_session(self) -> None:
+        """Keep the session for the next start, with what has been read."""
 
-class Console:
+    def server_time(self) -> float:
+        """Return the time by the clock that the messages' CreateTime is of."""
+        return time.time()
+
+
+def lock_folder() -> Any:
+    """Return the open file that says that a program is at work in this folder; end if it is another one.
+
+    The lock is the system's: it ends with the program, however that ends.
+    """
+    f = open('.wechat_train.lock', 'a+', opener=functools.partial(os.open, mode=0o600))
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.seek(0)
+        sys.exit(f'这个文件夹里已经有一个程序在运行（进程 {f.read().strip()}）。请先停掉它，或换一个文件夹。')
+    except OSError:  # a file system without locks
+        return f
+    f.truncate(0)
+    f.write(str(os.getpid()))
+    f.flush()
+    return f
+
+
+class Terminal(Client):
     """The terminal in WeChat's place: a line typed is the owner's message, an answer is printed."""
 
-    def msg_register(self, kind):
-        def register(handler):
-            self.handler = handler
-            return handler
-        return register
-
-    def auto_login(self, **options):
-        trainer_thread.submit(load_mxnet)
-        set_online(True)
+    def auto_login(self, *args, **kwargs) -> None:
+        """Begin."""
+        self.begin()
+        mail.set_online(True)
         say('在这里输入命令，“帮助”列出全部命令，Ctrl-D 结束。')
         if resume_offer():
             say(resume_offer())
 
-    def run(self):
-        for line in sys.stdin:
-            if not sys.stdin.isatty():
-                tqdm.write('> ' + line.rstrip())
-            self.handler({'Text': line, 'FromUserName': 'filehelper', 'User': {'UserName': 'filehelper'}})
-            wait_for_mail()  # the answer stands under its command
-        if training is not None:
-            training.result()
-        if then_timer is not None:
-            then_timer.join()
+    def run(self, *args, **kwargs) -> None:
+        """Carry out what is typed, until the end of the input or a signal; end the program."""
+        with contextlib.suppress(SystemExit):
+            while self.exit_signal is None:
+                with self.waiting():
+                    line = sys.stdin.readline()
+                if not line:
+                    break
+                if not sys.stdin.isatty():
+                    tqdm.write('> ' + line.rstrip())
+                self.receive(line)
+            with self.waiting():
+                wait_for_training()
+                countdown.wait()
+        self.end()
 
-    def send(self, text, wechat_name):
-        tqdm.write(text.replace('@img@', '图片：') + '\n')
-        return {'MsgID': 0}
+    def receive(self, line: str) -> None:
+        """Carry out a command; its answer stands under it."""
+        owner = {'UserName': 'filehelper'}
+        msg = {'Type': itchat.content.TEXT, 'Text': line, 'User': owner}
+        handler = self.functionDict['FriendChat'].get(itchat.content.TEXT)
+        handler({**msg, 'FromUserName': 'filehelper', 'ToUserName': 'filehelper'})
+        mail.wait()
+
+    def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
+        """Print a text."""
+        tqdm.write(msg + '\n')
+        return itchat.returnvalues.ReturnValue({'BaseResponse': {'Ret': 0}})
+
+    def send_image(self, fileDir: Any = None, toUserName: Optional[str] = None, *args) -> dict:
+        """Print where a picture is."""
+        return self.send_msg(f'图片：{fileDir}', toUserName)
+
+    def log(self, text: str) -> None:
+        """Print nothing: the terminal has it already."""
 
 
-# --------------------------------------------------------------------------------- WeChat's own login
+class SessionOver(Exception):
+    """The server says that the login is no longer good."""
 
-filehelper = False   # log in through 文件传输助手, which takes every account
-QR_FILE = 'QR.png'
-UNREACHABLE = '连不上微信（%s）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
-BUSY = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
-REFUSED = {  # by whether `filehelper`
-    False: '微信没有让这个账号登录网页版：很多账号不开放，或者被限制了。请加上 --filehelper，从文件传输助手登录，什么账号都可以。',
-    True: '微信没有让这个账号登录文件传输助手网页版。请过一会儿再试，换一个账号，或用 --console 在终端里控制。'}
-exit_signal = None   # Ctrl-C or SIGTERM, once it has come
-logins = failures = 0          # sessions so far; failed attempts since the last of them
-session_over = threading.Event()  # has itchat's receiving thread cleaned up?
+
+class Refused(Exception):
+    """The server does not let this account log in."""
 
 
 class Adapter(requests.adapters.HTTPAdapter):
-    """What itchat leaves out of a request: a time-out when it logs in, sends or uploads, and a look at the status."""
+    """What itchat leaves out of a request: a time-out when it logs in, sends or uploads, a look at the
+    status, and what the client wants to change. Called by the main thread and by the mail's."""
+
+    def __init__(self, client):
+        super().__init__()
+        self.client = client
 
     def send(self, request, timeout=None, **kwargs):
+        name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
+        self.client.change_request(name, request)
         response = super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
         if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
             response.raise_for_status()
+        self.client.change_answer(name, response)
         return response
 
 
-class OneLine(logging.Handler):
-    """Prints the last line of what itchat logs: its tracebacks of lost connections fill a screen."""
+class ShortLog(logging.Handler):
+    """Prints the last line of what itchat logs, without what would show the session's secrets."""
 
     def emit(self, record):
-        say('itchat：' + record.getMessage().strip().split('\n')[-1][:200])
+        line = record.getMessage().strip().split('\n')[-1]
+        say('itchat：' + re.sub(r'://\S+|url: \S+', '…', line)[:200])
 
 
-def prepare():
-    """Put right, once, what itchat leaves open; catch Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
-    sys.stdout.reconfigure(errors='replace')  # a terminal without Chinese is no reason to end
-    itchat.set_logging(showOnCmd=False, loggingLevel=logging.WARNING)
-    logging.getLogger('itchat').addHandler(OneLine())
-    itchat.instance.s.mount('https://', Adapter())
-    itchat.instance.dump_login_status = dump_session
-    itchat.instance.load_login_status = load_session
-    itchat.instance.get_QRuuid = get_uuid
-    itchat.components.register.test_connect = lambda: True  # its own has no time-out; jslogin will tell
-    if filehelper:
-        speak_filehelper()
+class WeChat(Client):
+    """Web WeChat, through itchat, made to last for days.
 
-
-def leave(signum, frame):
-    """The first Ctrl-C or SIGTERM ends the program in order, the second at once."""
-    global exit_signal
-    if exit_signal is not None:
-        os._exit(128 + signum)
-    exit_signal = signum
-    if itchat.instance.alive:
-        itchat.instance.logout = lambda: None  # keeps the session for the closing report
-        itchat.instance.alive = False          # ends itchat.run()
-    else:
-        sys.exit(128 + signum)
-
-
-def chat_goes_on():
-    """Return True before every login until the person ends the program; wait longer after every failure."""
-    try:
-        if not logins and not failures:
-            prepare()
-        elif chat is itchat and exit_signal is None:
-            say('微信断开了，训练不受影响；%d 秒后重新登录。' % min(2 ** failures, 60))
-            time.sleep(min(2 ** failures, 60))
-        else:
-            return False  # the end of what was typed
-        if chat is itchat:
-            itchat.instance.alive = itchat.instance.isLogging = False
-            session_over.clear()
-            check_session()
-    except SystemExit:  # of leave()
-        pass
-    return exit_signal is None
-
-
-@contextlib.contextmanager
-def session():
-    """Around login and run(): turn what itchat raises into one line; end the program if the first login fails."""
-    global logins, failures
-    trouble = None
-    try:
-        try:
-            yield
-        except requests.RequestException as error:
-            too_many = error.response is not None and error.response.status_code == 429
-            trouble = BUSY if too_many else UNREACHABLE % urllib.parse.urlsplit(itchat.config.BASE_URL).hostname
-        except (LookupError, AttributeError, TypeError, ValueError):  # itchat, reading what is no login
-            if chat is not itchat:
-                raise
-            trouble = REFUSED[filehelper]
-        logins += online
-        failures = failures + 1 if trouble else 0
-        if chat is itchat and online and not exit_signal:
-            session_over.wait(75)  # or the old session's end would wipe the next one's beginning
-            set_online(False)
-    except SystemExit:  # of leave()
-        pass
-    if trouble and not logins:
-        sys.exit(trouble)
-    elif trouble:
-        say(trouble)
-
-
-def chat_end():
-    """Stop the run if the person ends the program, deliver the last words, return the exit status.
-
-    0; 1 after a crash; 130 after Ctrl-C, 143 after SIGTERM.
+    The main thread logs in, receives and calls the handlers, all in auto_login() and run(); the mail's thread
+    calls send_msg() and send_image(). `echo` guards what tells the program's own words from the owner's.
     """
-    with lock:
-        if exit_signal is not None:
-            cancel_then()
-            stop()
-    if training is not None:
-        training.result()
-    wait_for_mail(None if exit_signal is None else 5)
-    with mail:
-        write_undelivered(outbox, '程序结束了')
-    return 128 + exit_signal if exit_signal is not None else int(run.error is not None)
 
+    session_file = 'itchat.pkl'
+    hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
+    refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
+    unreachable = '连不上微信（{}）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+    busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
 
-def wait_for_mail(timeout=None):
-    """Wait until everything is sent; give up after `timeout` seconds, or when there is no session."""
-    with mail:
-        mail.wait_for(lambda: not outbox or not online, timeout)
+    def __init__(self):
+        super().__init__()
+        self.s.mount('https://', Adapter(self))
+        self.s.mount('http://', Adapter(self))
+        self.logins = 0  # sessions so far
+        self.trouble = None  # what kept the server from answering get_msg()
+        self.early = []  # messages that came with the login
+        self.clock = 0  # by how many seconds the server's is ahead
+        self.seen = collections.deque(maxlen=1000)  # MsgIds: after a login the server may send them again
+        self.echo = threading.Condition()
+        self.sending = None  # the text that WeChat has been given and has not answered yet
+        self.own = collections.deque(
+            maxlen=1000
+        )  # MsgIds of what was sent; the text where the answer got lost
+        self.callbacks = {}
 
+    # -- logging in
 
-def get_uuid():
-    """Return the uuid for a QR code; raise where itchat would ask again every second for ever."""
-    uuid = type(itchat.instance).get_QRuuid(itchat.instance)
-    if not uuid:
-        raise requests.RequestException('no uuid in the answer')
-    return uuid
+    def auto_login(
+        self, hotReload: bool = False, statusStorageDir: Optional[str] = None, **callbacks
+    ) -> None:
+        """Log in; with hotReload, by the stored session (default: `session_file`) if it still counts.
 
+        Takes itchat's qrCallback, loginCallback and exitCallback. Ends the program with status 1 and one line
+        when it cannot be done.
+        """
+        self.begin()
+        itchat.set_logging(showOnCmd=False, loggingLevel=logging.WARNING)
+        logging.getLogger('itchat').addHandler(ShortLog())
+        self.useHotReload, self.hotReloadDir = hotReload, statusStorageDir or self.session_file
+        self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
+        trouble = ''
+        with contextlib.suppress(SystemExit):  # of leave()
+            trouble = self.log_in()
+        if self.exit_signal is not None:
+            self.end()
+        if trouble:
+            sys.exit(trouble)
 
-def show_qr(uuid, status, qrcode):
-    """Show the state of the login: itchat calls it with the QR code (a PNG) and at every poll."""
-    if status == '0':
-        with open(QR_FILE, 'wb', opener=functools.partial(os.open, mode=0o600)) as f:
-            f.write(qrcode)
-        drawing = io.StringIO()
-        segno.make('https://login.weixin.qq.com/l/' + uuid, error='l').terminal(drawing, compact=True)
-        # White on black whatever the terminal's colours are: phones do not read an inverted code.
-        row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
-        print('\n'.join(row % line for line in drawing.getvalue().splitlines()))
-        say('请用微信扫码%s登录；终端里的码扫不了，就打开 %s' % ('重新' if logins else '', os.path.abspath(QR_FILE)))
-    elif status == '400':
-        say('二维码过期了，换一个新的。')
-    elif status == '201' or not qrcode:  # no code: the phone asks by itself, after an earlier login
-        say('请在手机上确认登录。')
-
-
-def show_login():
-    """Say who has logged in; without it itchat would clear the terminal."""
-    if not itchat.instance.storageClass.userName:
-        raise LookupError('no account in the answer')
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(QR_FILE)
-    trainer_thread.submit(load_mxnet)
-    find_supervisors()
-    set_online(True)
-    say('已登录：%s。请%s发给“文件传输助手”。' % (
-        itchat.search_friends()['NickName'], '把“帮助”' if filehelper else '让好友发“帮助”给它，或自己'))
-    if not logins and resume_offer():
-        say(resume_offer())
-
-
-def show_logout():
-    """Note that the session is over: itchat calls it when its receiving thread ends."""
-    session_over.set()
-
-
-LOGIN = dict(qrCallback=show_qr, loginCallback=show_login, exitCallback=show_logout, statusStorageDir='itchat.pkl')
-
-
-def dump_session(path=None):
-    """Write the session (whoever has it is logged in) whole or not at all, readable by the owner alone."""
-    path = path or LOGIN['statusStorageDir']
-    folder = path + '.new'
-    try:
-        shutil.rmtree(folder, ignore_errors=True)  # of a program that was killed
-        os.mkdir(folder, 0o700)                    # itchat's file in it is open to all until it is chmodded
-        new = os.path.join(folder, 'session')
-        type(itchat.instance).dump_login_status(itchat.instance, new)
-        os.chmod(new, 0o600)
-        os.replace(new, path)
-        os.rmdir(folder)
-    except OSError as error:
-        say('登录状态没有存下来，下次启动要重新扫码：%s' % error)
-
-
-def load_session(path, **callbacks):
-    """Log in with the stored session; raise what keeps the server from answering: it is too early for a QR code."""
-    trouble = []
-
-    def get_msg():  # itchat swallows what this raises
+    def log_in(self) -> str:
+        """Log in once; return why it did not work, '' when it did."""
+        self.alive = self.isLogging = False
         try:
-            return type(itchat.instance).get_msg(itchat.instance)
+            with self.waiting():
+                stored = self.useHotReload and bool(self.load_login_status(self.hotReloadDir))
+                if not stored:
+                    self.login(
+                        qrCallback=self.callbacks.get('qrCallback', self.show_qr),
+                        loginCallback=self.show_login,
+                    )
         except requests.RequestException as error:
-            trouble.append(error)
+            if getattr(error.response, 'status_code', None) == 429:
+                return self.busy
+            return self.unreachable.format(urllib.parse.urlsplit(itchat.config.BASE_URL).hostname)
+        except (
+            Refused,
+            LookupError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ):  # itchat, reading what is no login
+            return self.refusal
+        if not stored:
+            self.keep_session()
+        self.welcome(new_names=not stored)
+        return ''
+
+    def welcome(self, new_names: bool) -> None:
+        """Begin the session: find the people, let the mail go out, say who has logged in."""
+        people.find_again(new_names)
+        mail.set_online(True)
+        say(f'已登录：{visible(self.storageClass.nickName)}。请{self.hint}。')
+        if not self.logins and resume_offer():
+            say(resume_offer())
+        self.logins += 1
+        self.callbacks.get('loginCallback', str)()
+
+    def get_QRuuid(self) -> str:
+        """Get the uuid for a QR code; raise where itchat would ask again every second for ever."""
+        uuid = super().get_QRuuid()
+        if not uuid:
+            raise requests.RequestException('no uuid in the answer')
+        return uuid
+
+    def show_qr(self, uuid: str, status: str, qrcode: bytes) -> None:
+        """Show the state of the login: itchat calls it with the QR code (a PNG) and at every poll."""
+        if status == '0':
+            drawing = io.StringIO()
+            segno.make('https://login.weixin.qq.com/l/' + uuid, error='l').terminal(drawing, compact=True)
+            # White on black whatever the terminal's colours are: phones do not read an inverted code.
+            row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
+            print('\n'.join(row % line for line in drawing.getvalue().splitlines()))
+            picture = itchat.config.DEFAULT_QR
+            try:
+                with open(picture, 'wb', opener=functools.partial(os.open, mode=0o600)) as f:
+                    f.write(qrcode)
+                instead = f'；终端里的码扫不了，就打开 {os.path.abspath(picture)}'
+            except OSError as error:  # a full disk
+                instead = f'（{picture} 没有写成：{error.strerror}）'
+            say(f'请用微信扫码{"重新" if self.logins else ""}登录{instead}')
+        elif status == '400':
+            say('二维码过期了，换一个新的。')
+        elif status == '201' or not qrcode:  # no code: the phone asks by itself, after an earlier login
+            say('请在手机上确认登录。')
+
+    def show_login(self) -> None:
+        """Check that somebody has logged in; without this, itchat would clear the terminal."""
+        if not self.storageClass.userName:
+            raise Refused
+        with contextlib.suppress(OSError):
+            os.remove(itchat.config.DEFAULT_QR)
+
+    def show_mobile_login(self) -> None:
+        """Tell the phone; nothing depends on it."""
+        with contextlib.suppress(requests.RequestException):
+            super().show_mobile_login()
+
+    def get_contact(self, update: bool = False) -> list:
+        """Fetch the friends. Raises RequestException when that fails: without them nobody could command."""
+        if not update:
+            return super().get_contact()
+        url, seq, pause = self.loginInfo['url'] + '/webwxgetcontact', 0, 1
+        while True:
+            try:
+                query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
+                answer = self.s.get(
+                    url, params=query, headers={'User-Agent': itchat.config.USER_AGENT}
+                ).json()
+                friends = [
+                    friend for friend in answer['MemberList'] if not friend['UserName'].startswith('@@')
+                ]
+                update_local_friends(self, friends)
+                seq = answer.get('Seq', 0)
+                if not seq:
+                    return []
+            except (requests.RequestException, LookupError, TypeError) as error:
+                if pause > 16:
+                    raise requests.RequestException('no contacts') from error
+                say('好友名单没有取到，再试。')
+                time.sleep(pause)
+                pause *= 2
+
+    # -- the stored session
+
+    def keep_session(self) -> None:
+        if self.useHotReload and self.alive:
+            self.dump_login_status()
+
+    def dump_login_status(self, fileDir: Optional[str] = None) -> None:
+        """Write the session (who has it is logged in) whole or not at all, readable by the owner alone."""
+        path = fileDir or self.hotReloadDir
+        folder = path + NEW
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of a program that was killed
+            os.mkdir(folder, 0o700)  # itchat's file in it is open to all until it is chmodded
+            new = os.path.join(folder, 'session')
+            super().dump_login_status(new)
+            os.chmod(new, 0o600)
+            os.replace(new, path)
+            os.rmdir(folder)
+        except Exception as error:  # OSError, and itchat's Exception('Incorrect fileDir') for it
+            say(f'登录状态没有存下来，下次启动要重新扫码：{type(error).__name__} {path}')
+
+    def load_login_status(self, fileDir: str, **callbacks) -> Any:
+        """Log in with the stored session; return what is false when that is not to be.
+
+        Raises what keeps the server from answering: it is too early for a QR code.
+        """
+        self.trouble = None
+        set_damaged_session_aside(fileDir)
+        answer = super().load_login_status(fileDir, **callbacks)
+        if self.trouble is not None:
+            raise self.trouble
+        return answer
+
+    def get_msg(self) -> tuple:
+        """Fetch messages and changed contacts; (None, None) when the server refuses."""
+        try:
+            messages, contacts = super().get_msg()
+        except requests.RequestException as error:  # load_login_status() of itchat swallows it
+            self.trouble = error
             raise
-    itchat.instance.get_msg = get_msg
-    answer = type(itchat.instance).load_login_status(itchat.instance, path, **callbacks)
-    del itchat.instance.get_msg
-    if trouble:
-        raise trouble[0]
-    if filehelper and not answer:
-        itchat.instance.s.cookies.clear()  # or itchat would ask for a login without a QR code: not there
-    return answer
+        if self.alive or messages is None:
+            return messages, contacts
+        self.early = messages  # of load_login_status(), which would not look who has written them
+        return [], contacts
+
+    # -- receiving
+
+    def start_receiving(self, exitCallback=None, getReceivingFnOnly=False) -> None:
+        """Note that there is a session; run() receives, in the main thread."""
+        self.alive = True
+
+    def run(self, debug: bool = False, blockThread: bool = True) -> None:
+        """Receive and answer until a signal comes, in one session after the other; then end the program."""
+        if not blockThread:
+            threading.Thread(target=self.run, name='receiving', daemon=True).start()
+            return
+        failures = 0
+        with contextlib.suppress(SystemExit):  # of leave()
+            while self.exit_signal is None:
+                try:
+                    self.receive()
+                    if failures > 1:
+                        mail.set_online(True)
+                        say('微信又连上了。')
+                    failures = 0
+                except requests.ReadTimeout:
+                    pass  # a long poll that was forgotten on the way
+                except SessionOver:
+                    self.reconnect()
+                except Exception as error:  # the network, the server, what is no answer: all of them pass
+                    failures += 1
+                    if failures == 2:
+                        mail.set_online(False)
+                        say(f'微信断开了（{type(error).__name__}），训练不受影响；连上以后接着说。')
+                    self.pause(failures)
+        self.callbacks.get('exitCallback', str)()
+        self.end()
+
+    def pause(self, failures: int) -> None:
+        """Wait longer after every failure."""
+        with self.waiting():
+            time.sleep(min(2 ** (failures - 1), 60))
+
+    def reconnect(self) -> None:
+        """Log in again until it works, or a signal comes."""
+        mail.set_online(False)
+        say('微信的登录结束了，训练不受影响；重新登录。')
+        for failures in itertools.count(1):
+            try:
+                trouble = self.log_in()
+            except Exception as error:
+                trouble = f'登录出错：{type(error).__name__}'
+            if not trouble:
+                return
+            say(trouble)
+            self.pause(failures)
+
+    def receive(self) -> None:
+        """Look for news, and hand every text to its handler. Raises SessionOver."""
+        messages, contacts, self.early = self.early, [], []
+        if not messages:
+            with self.waiting():
+                news = sync_check(self)
+                if news not in (None, '0'):
+                    messages, contacts = self.get_msg()
+            if news is None or messages is None:
+                raise SessionOver
+        if contacts:
+            update_local_friends(self, [c for c in contacts if not c['UserName'].startswith('@@')])
+        for msg in messages:
+            try:
+                self.take(msg)
+            except Exception as error:  # of this message; those behind it must not suffer
+                say(f'一条消息没有读成：{type(error).__name__}')
+
+    def take(self, msg: dict) -> None:
+        """Hand one message to its handler, unless it is a group's, the program's own, or has come before."""
+        chats = msg['FromUserName'] + msg['ToUserName']
+        if '@@' in chats or msg['MsgType'] == 51 or msg['MsgId'] in self.seen:  # 51: opened on the phone
+            return
+        self.seen.append(msg['MsgId'])
+        [msg] = produce_msg(self, [msg])
+        if not self.is_own(msg):
+            self.msgList.put(msg)
+            self.configured_reply()
+
+    # -- sending
+
+    def send_raw_msg(self, msgType, content: str, toUserName: str) -> dict:
+        """Send, and keep by what to know the message when it comes back; see is_own()."""
+        with self.echo:
+            self.sending, mark = content, content
+        try:
+            answer = super().send_raw_msg(msgType, content, toUserName)
+            mark = str(answer.get('MsgID'))
+            return answer
+        finally:
+            with self.echo:
+                self.sending = None
+                self.own.append(mark)
+                self.echo.notify_all()
+
+    def is_own(self, msg: dict) -> bool:
+        """Return whether the program itself sent a message: from 文件传输助手 it comes back."""
+        with self.echo:
+            self.echo.wait_for(lambda: self.sending != msg['Text'])  # before that its MsgID is not known
+            for mark in (str(msg['MsgId']), msg['Text']):
+                if mark in self.own:
+                    self.own.remove(mark)
+                    return True
+            return False
+
+    # -- what the adapter asks
+
+    def change_request(self, name: str, request: Any) -> None:
+        """Change a request to `name`, the last part of its path, before it is sent."""
+
+    def change_answer(self, name: str, response: Any) -> None:
+        """Change an answer before itchat reads it; take the time from it."""
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            date = email.utils.parsedate_to_datetime(response.headers['Date'])
+            self.clock = date.timestamp() - time.time()
+
+    def server_time(self) -> float:
+        return time.time() + self.clock
 
 
-def check_session():
-    """Set a stored session aside that is not the user's own, is open to others, or is damaged."""
-    path = LOGIN['statusStorageDir']
+def set_damaged_session_aside(path: str) -> None:
+    """Rename a stored session that is not the user's own, is open to others, or is damaged."""
     try:
-        state = os.lstat(path)
+        status = os.lstat(path)
     except FileNotFoundError:
         return
     trouble = ''
-    if not stat.S_ISREG(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
+    if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
         trouble = '不是只有你能读写的文件，里面可能是别人放的东西'
     else:
         try:
-            with open(path, 'rb') as f:
-                if not {'loginInfo', 'cookies', 'storage'} <= set(pickle.load(f)):
-                    trouble = '内容不全'
+            with open_private(path) as f:
+                session = pickle.load(f)
+            if not {'loginInfo', 'cookies', 'storage'} <= set(session):
+                trouble = '内容不全'
+        except PermissionError:
+            trouble = '别人能改写，里面可能是别人放的东西'
         except Exception as error:  # a damaged pickle can raise anything
-            trouble = '已损坏（%s）' % type(error).__name__
+            trouble = f'已损坏（{type(error).__name__}）'
     if trouble:
         os.replace(path, path + '.bad')
-        say('%s %s；改名为 %s.bad，需要重新扫码。' % (os.path.abspath(path), trouble, path))
+        say(f'{os.path.abspath(path)} {trouble}；改名为 {path}.bad，需要重新扫码。')
 
 
-# ----------------------------------------------------- what --filehelper changes: 文件传输助手's web page
+class FileHelper(WeChat):
+    """The web page of 文件传输助手: web WeChat's protocol with the differences that stand here.
 
-# The page speaks web WeChat's protocol with the differences below; see github.com/sxkiss/wx-filehelper-api.
-APP_ID = 'wx_webfilehelper'
-EXTRA = {  # query parameters, by the last part of the path
-    'jslogin': {'appid': APP_ID,
-                'redirect_uri': 'https://szfilehelper.weixin.qq.com/cgi-bin/mmwebwx-bin/webwxnewloginpage'},
-    'login': {'appid': APP_ID},
-    'webwxnewloginpage': {'fun': 'new', 'version': 'v2'},
-    'synccheck': {'mmweb_appid': APP_ID}}
-LEFT_OUT = {  # of the answers, although itchat reads it
-    'webwxinit': lambda answer: {'InviteStartCount': 0, 'ContactList': []},
-    'webwxsync': lambda answer: {'SyncCheckKey': answer.get('SyncKey'), 'ModContactList': []}}
-FILE_HOSTS = {'szfilehelper': 'file.wx2.qq.com', 'cmfilehelper': 'file.wx8.qq.com'}
+    See github.com/sxkiss/wx-filehelper-api. Threads as in WeChat.
+    """
 
+    session_file = 'filehelper.pkl'
+    hint = '把“帮助”发给“文件传输助手”'
+    refusal = (
+        '微信没有让这个账号登录文件传输助手网页版。请过一会儿再试，换一个账号，或用 --console 在终端里控制。'
+    )
+    app_id = 'wx_webfilehelper'
+    login_page = 'https://szfilehelper.weixin.qq.com/cgi-bin/mmwebwx-bin/webwxnewloginpage'
+    queries = {  # what is added, by the last part of the path
+        'jslogin': {'appid': app_id, 'redirect_uri': login_page},
+        'login': {'appid': app_id},
+        'webwxnewloginpage': {'fun': 'new', 'version': 'v2'},
+        'synccheck': {'mmweb_appid': app_id},
+    }
+    file_hosts = {'szfilehelper': 'file.wx2.qq.com', 'cmfilehelper': 'file.wx8.qq.com'}
 
-def speak_filehelper():
-    """Let itchat log in to the page of 文件传输助手 and find nobody there but 文件传输助手."""
-    itchat.config.BASE_URL = 'https://login.wx2.qq.com'
-    itchat.instance.s.mount('https://', FileHelperAdapter())
-    itchat.instance.web_init = init_filehelper
-    itchat.instance.get_contact = lambda update=False: []
-    LOGIN['statusStorageDir'] = 'filehelper.pkl'
+    def __init__(self):
+        super().__init__()
+        itchat.config.BASE_URL = 'https://login.wx2.qq.com'
 
+    def web_init(self) -> dict:
+        """Set the hosts that follow from the one where the login ended, and go on as in web WeChat."""
+        entry = urllib.parse.urlsplit(self.loginInfo['url']).hostname.split('.')[0]
+        self.loginInfo['syncUrl'] = self.loginInfo['url']
+        self.loginInfo['fileUrl'] = (
+            f'https://{self.file_hosts.get(entry, "file.wx.qq.com")}/cgi-bin/mmwebwx-bin'
+        )
+        return super().web_init()
 
-class FileHelperAdapter(Adapter):
-    """Translates between what itchat asks and reads and what the page of 文件传输助手 expects and answers."""
+    def show_mobile_login(self) -> None:
+        """Do nothing: the page does not."""
 
-    def send(self, request, **kwargs):
-        url = urllib.parse.urlsplit(request.url)
-        name = url.path.rsplit('/', 1)[-1]
-        if name in EXTRA:
-            query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True), **EXTRA[name])
+    def get_contact(self, update: bool = False) -> list:
+        """Return nobody: there is only 文件传输助手."""
+        return []
+
+    def load_login_status(self, fileDir: str, **callbacks) -> Any:
+        answer = super().load_login_status(fileDir, **callbacks)
+        if not answer:
+            self.s.cookies.clear()  # or itchat would ask for a login without a QR code: not there
+        return answer
+
+    def change_request(self, name: str, request: Any) -> None:
+        if name in self.queries:
+            url = urllib.parse.urlsplit(request.url)
+            query = {**dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True)), **self.queries[name]}
             request.url = url._replace(query=urllib.parse.urlencode(query)).geturl()
-        request.headers['mmweb_appid'] = APP_ID
+        request.headers['mmweb_appid'] = self.app_id
         for header in ('client-version', 'extspam', 'referer'):  # of the UOS client, which this is not
             request.headers.pop(header, None)
-        response = super().send(request, **kwargs)
-        if name in LEFT_OUT and response.ok:
+
+    def change_answer(self, name: str, response: Any) -> None:
+        """Put in what itchat reads although this server does not send it."""
+        super().change_answer(name, response)
+        if name in ('webwxinit', 'webwxsync') and response.ok:
             answer = json.loads(response.content)
-            response._content = json.dumps({**LEFT_OUT[name](answer), **answer, 'ContactList': []}).encode()
-        return response
+            missing = {'InviteStartCount': 0, 'ModContactList': [], 'SyncCheckKey': answer.get('SyncKey')}
+            response._content = json.dumps({**missing, **answer, 'ContactList': []}).encode()
 
 
-def init_filehelper():
-    """Set the hosts that follow from the one where the login ended, and go on as in web WeChat."""
-    info = itchat.instance.loginInfo
-    entry = urllib.parse.urlsplit(info['url']).hostname.split('.')[0]
-    info['syncUrl'] = info['url']
-    info['fileUrl'] = 'https://%s/cgi-bin/mmwebwx-bin' % FILE_HOSTS.get(entry, 'file.wx.qq.com')
-    return type(itchat.instance).web_init(itchat.instance)
+# ------------------------------------------------------------------------- the client in itchat's place
+
+
+def use_client(client: Client) -> None:
+    """Put a client in itchat's place: whoever imports itchat after utils, or before, has its functions.
+
+    This is the one spot where something of itchat is replaced: its module's functions are those of its
+    instance, so they are made those of ours.
+    """
+    client.functionDict = itchat.instance.functionDict  # the handlers that were registered already
+    itchat.instance = client
+    itchat.instanceList[:] = [client]
+    for name, value in vars(itchat).items():
+        if isinstance(getattr(value, '__self__', None), itchat.Core):
+            setattr(itchat, name, getattr(client, name))
+
+
+run = Run()  # the run that is going on, or the last one
+people, mail, countdown = People(), Mail(), Countdown()
+use_client(WeChat())

@@ -5,6 +5,7 @@ every round; what counts are the ratios within a round. PyTorch takes part if it
 (pip install torch==2.13.0). The tool is the real program, commanded through the WeChat server of the
 tests on loopback.
 """
+
 import argparse
 import os
 import re
@@ -19,19 +20,22 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 BATCH = 256
 
-# ------------------------------------------------- the programs; each returns a function: one round's images/s
+# ------------------------------------- the programs; each returns a function: one round's images/s
 
 
 def tutorial(folder):
     """The tutorial's loop: gluon's DataLoader with a transform of every image, two asscalar() a batch."""
     import numpy as np
+
     np.bool = bool
     from mxnet import autograd, gluon, nd
+
     images, labels = (np.load(os.path.join(folder, name)) for name in ('images.npy', 'labels.npy'))
-    dataset = gluon.data.ArrayDataset(images[:20 * BATCH, :, :, None], labels[:20 * BATCH].astype('int32'))
+    dataset = gluon.data.ArrayDataset(images[: 20 * BATCH, :, :, None], labels[: 20 * BATCH].astype('int32'))
     to_tensor = gluon.data.vision.transforms.ToTensor()
-    train_data = gluon.data.DataLoader(dataset.transform_first(lambda image: to_tensor(nd.array(image, dtype='uint8'))),
-                                       BATCH, shuffle=True)
+    train_data = gluon.data.DataLoader(
+        dataset.transform_first(lambda image: to_tensor(nd.array(image, dtype='uint8'))), BATCH, shuffle=True
+    )
     net = gluon.nn.Sequential()
     add_layers(net, gluon.nn)
     net.initialize()
@@ -50,20 +54,29 @@ def tutorial(folder):
             nd.mean(output.argmax(axis=1) == label).asscalar()
             nd.mean(loss).asscalar()
         return len(dataset) / (time.perf_counter() - began)
+
     return one_round
 
 
 def add_layers(net, nn):
     with net.name_scope():
-        net.add(nn.Conv2D(channels=20, kernel_size=5, activation='relu'), nn.MaxPool2D(pool_size=2, strides=2),
-                nn.Conv2D(channels=50, kernel_size=3, activation='relu'), nn.MaxPool2D(pool_size=2, strides=2),
-                nn.Flatten(), nn.Dense(128, activation='relu'), nn.Dense(10))
+        net.add(
+            nn.Conv2D(channels=20, kernel_size=5, activation='relu'),
+            nn.MaxPool2D(pool_size=2, strides=2),
+            nn.Conv2D(channels=50, kernel_size=3, activation='relu'),
+            nn.MaxPool2D(pool_size=2, strides=2),
+            nn.Flatten(),
+            nn.Dense(128, activation='relu'),
+            nn.Dense(10),
+        )
 
 
 def bare(folder):
     """The tool's network and data without a word to anybody: a whole epoch, evaluated at its end."""
-    import utils
     from mxnet import autograd, gluon
+
+    import utils
+
     utils.data_dir = folder
     train_data, test_data = utils.load_data_fashion_mnist(BATCH)
     net = gluon.nn.HybridSequential()
@@ -75,7 +88,7 @@ def bare(folder):
 
     def one_round():
         began, train_loss, train_acc = time.perf_counter(), 0, 0
-        for data, label in train_data:
+        for data, label in train_data.read():
             with autograd.record():
                 output = net(data)
                 loss = softmax_cross_entropy(output, label)
@@ -94,6 +107,7 @@ def bare(folder):
         print('EVALUATION', (time.perf_counter() - listed) / (evaluated - trained), flush=True)
         print('EPOCH', evaluated - began, flush=True)
         return 60000 / (trained - began)
+
     return one_round
 
 
@@ -102,17 +116,28 @@ def pytorch(folder, channels_last=False):
     import numpy as np
     import torch
     from torch import nn
+
     images, labels = (np.load(os.path.join(folder, name)) for name in ('images.npy', 'labels.npy'))
     images = torch.from_numpy(images[:, None].astype('float32') / 255)
     labels = torch.from_numpy(labels.astype('int64'))
-    net = nn.Sequential(nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 3), nn.ReLU(),
-                        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1250, 128), nn.ReLU(), nn.Linear(128, 10))
+    net = nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(1250, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
     if channels_last:
         net, images = (x.to(memory_format=torch.channels_last) for x in (net, images))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 
     def one_round():
-        order = torch.randperm(len(images))[:80 * BATCH]
+        order = torch.randperm(len(images))[: 80 * BATCH]
         began, train_loss, train_acc = time.perf_counter(), 0, 0
         for chosen in order.split(BATCH):
             data, label = images[chosen], labels[chosen]
@@ -125,11 +150,16 @@ def pytorch(folder, channels_last=False):
             train_loss = train_loss + loss.detach()
         train_loss.item(), train_acc.item()
         return len(order) / (time.perf_counter() - began)
+
     return one_round
 
 
-PROGRAMS = {'tutorial': tutorial, 'bare': bare, 'PyTorch eager': pytorch,
-            'PyTorch channels_last': lambda folder: pytorch(folder, channels_last=True)}
+PROGRAMS = {
+    'tutorial': tutorial,
+    'bare': bare,
+    'PyTorch eager': pytorch,
+    'PyTorch channels_last': lambda folder: pytorch(folder, channels_last=True),
+}
 
 
 def work(name, folder):
@@ -145,9 +175,19 @@ class Worker:
     """One of the programs in a process of its own."""
 
     def __init__(self, name, folder):
-        env = {key: value for key, value in os.environ.items() if key not in ('MXNET_ENGINE_TYPE', 'OMP_NUM_THREADS')}
-        self.process = subprocess.Popen([sys.executable, __file__, '--worker', name, folder], env=env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ('MXNET_ENGINE_TYPE', 'OMP_NUM_THREADS')
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, '--worker', name, folder],
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.said = {}
         self.read('READY')
 
@@ -170,9 +210,9 @@ class Worker:
 CLOCKED = """
 import time, utils
 
-def clocked(batches, iterate=utils.Batches.__iter__):
-    for i, batch in enumerate(iterate(batches)):
-        if i == 1 and batches.shuffle:  # the first batch compiles the network
+def read(batches, *args, read=utils.Batches.read):
+    for i, batch in enumerate(read(batches, *args)):
+        if i == 1 and batches.training:  # the first batch compiles the network
             batches.began = time.time()
         try:
             yield batch
@@ -189,7 +229,7 @@ def load(batch_size, load=utils.load_data_fashion_mnist):
     train_data, test_data = load(batch_size)
     clock = train_data
     return train_data, test_data
-utils.Batches.__iter__, utils.lock_end, utils.load_data_fashion_mnist = clocked, lock_end, load
+utils.Batches.read, utils.lock_end, utils.load_data_fashion_mnist = read, lock_end, load
 """
 RUN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
@@ -199,6 +239,7 @@ class Tool:
 
     def __init__(self, folder):
         from test_wechat_train import Program, WeChat
+
         self.wechat = WeChat(folder)
         self.wechat.patience = 25
         self.program = Program(folder, '--data', folder, env=self.wechat.env(), python=('-c', CLOCKED + RUN))
@@ -208,7 +249,7 @@ class Tool:
         self.round()
 
     def clock(self):
-        """Return when the second batch began, when the last one and when the epoch was done, and a batch's seconds."""
+        """Return when the second batch began, the last one and the epoch were done; seconds of a batch."""
         began, done, end, count = map(float, re.findall('CLOCK (.*)', self.program.output())[-1].split())
         return began, done, end, (done - began) / count
 
@@ -237,13 +278,14 @@ class Tool:
         self.stops.append((done - asked) / batch)
 
 
-def first_request(folder, before=''):
-    """Return the seconds from the start of the program to its request for a QR code, if it executes `before` first."""
+def first_request(folder):
+    """Return the seconds from the start of the program to its request for a QR code."""
     from test_wechat_train import Program, WeChat
+
     wechat = WeChat(folder)
     wechat.phone = 'waits'
     began = time.time()
-    program = Program(folder, env=wechat.env(), python=('-c', before + RUN))
+    program = Program(folder, env=wechat.env())
     wechat.wait(lambda: wechat.uuid)
     seconds = time.time() - began
     program.process.kill()
@@ -271,8 +313,10 @@ def ratios(above, below):
 def prepare(folder):
     """Write 60,000 + 10,000 drawn images as IDX files, and the training part once more for numpy."""
     import numpy as np
+
     import utils
     from test_wechat_train import write_idx
+
     for part, times, n, seed in (('train', 5, 12000, 0), ('t10k', 10, 1000, 1)):
         images, labels = utils.draw_garments(n, seed)
         images, labels = np.tile(images, (times, 1, 1)), np.tile(labels, times)
@@ -284,7 +328,9 @@ def prepare(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--rounds', type=int, default=7, help='interleaved rounds (default 7)')
     parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -293,6 +339,7 @@ def main():
     names = ['tutorial', 'bare']
     try:
         import torch
+
         names += ['PyTorch eager', 'PyTorch channels_last']
         print('PyTorch %s, %d threads' % (torch.__version__, torch.get_num_threads()))
     except ImportError:
@@ -302,7 +349,7 @@ def main():
         tool = Tool(folder)
         workers = {name: Worker(name, folder) for name in names}
         rates = {name: [] for name in ['tool', *names]}
-        starts, late_starts = [], []
+        starts = []
         for i in range(args.rounds):
             rates['tool'].append(tool.round())
             for name, worker in workers.items():
@@ -310,9 +357,15 @@ def main():
             tool.stop()
             with tempfile.TemporaryDirectory() as empty:
                 starts.append(first_request(empty))
-                late_starts.append(first_request(empty, 'import numpy; numpy.bool = bool; import mxnet\n'))
-            print('round %d of %d: %s' % (i + 1, args.rounds, ', '.join(
-                '%s %.0f' % (name, values[-1]) for name, values in rates.items())), flush=True)
+            print(
+                'round %d of %d: %s'
+                % (
+                    i + 1,
+                    args.rounds,
+                    ', '.join('%s %.0f' % (name, values[-1]) for name, values in rates.items()),
+                ),
+                flush=True,
+            )
         said = workers['bare'].said
 
         print('\n| images/s, training only, batch 256 | min | median | max |\n|---|---|---|---|')
@@ -321,10 +374,11 @@ def main():
         print('\n| ratio within a round | min | median | max |\n|---|---|---|---|')
         for name in names:
             print('| tool : %s | %s |' % (name, spread(ratios(rates['tool'], rates[name]))))
-        print('| whole epoch with evaluation, bare : tool with chat, bar, status, checkpoint | %s |' % spread(
-            ratios(said['EPOCH'][1:], tool.epochs[1:]), 3))
+        print(
+            '| whole epoch with evaluation, bare : tool with chat, bar, status, checkpoint | %s |'
+            % spread(ratios(said['EPOCH'][1:], tool.epochs[1:]), 3)
+        )
         print('| evaluation : forward passes alone, images/s | %s |' % spread(said['EVALUATION'][1:]))
-        print('| start to QR request : the same with MXNet imported first | %s |' % spread(ratios(starts, late_starts)))
         print('\n| | min | median | max |\n|---|---|---|---|')
         print('| 状态 in training to its answer, ms | %s |' % spread([1000 * s for s in tool.status[3:]], 0))
         print('| 停止 to the end of the last batch, batch times | %s |' % spread(tool.stops))
