@@ -2,7 +2,7 @@
 
 Read from top to bottom, in the order in which things happen:
 
-    before MXNet -> the command line -> the data -> the device, the accuracy -> its speed
+    what is said -> before MXNet -> the command line -> the data -> the device, the accuracy -> its speed
     -> what a training loop calls -> class Run -> the files of a run
     -> class People -> what a person in the chat can say -> class Mail
     -> class Client, its children WeChat, FileHelper, Terminal -> the client in itchat's place
@@ -16,8 +16,13 @@ or a client's `echo` is taken, never the other way round; these three are never 
 
 import sys
 
-if sys.version_info < (3, 9) or sys.version_info >= (3, 13):
-    sys.exit('需要 Python 3.9 到 3.12，现在是 %d.%d。' % sys.version_info[:2])
+if sys.version_info < (3, 9):  # noqa: UP036
+    sys.exit('需要 Python 3.9 或更新的版本，现在是 %d.%d。' % sys.version_info[:2])
+if sys.version_info >= (3, 15):
+    print(
+        '在 Python %d.%d 上没有试过（试过的是 3.9 到 3.14），照样继续。' % sys.version_info[:2],
+        file=sys.stderr,
+    )
 
 import argparse
 import collections
@@ -73,26 +78,90 @@ with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on
     from itchat.components.login import sync_check
     from itchat.components.messages import produce_msg
 
+# ----------------------------------------------------------------------------------------- what is said
+
+
+def say(text: str) -> None:
+    """Print `text` on the terminal with the time, above a progress bar if there is one."""
+    lines = [visible(line) for line in text.split('\n')]
+    tqdm.write(time.strftime('%H:%M:%S ') + '\n'.join(lines))
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters written out: strangers' texts must not steer the terminal.
+
+    >>> visible('a\\x1b[2J')
+    'a\\\\x1b[2J'
+    """
+    hidden = ('Cc', 'Cf', 'Cs', 'Zl', 'Zp')
+    return ''.join(ascii(c)[1:-1] if unicodedata.category(c) in hidden else c for c in text)
+
+
+@contextlib.contextmanager
+def waiting_for(what: str) -> Iterator:
+    """Say what is being waited for when it takes longer than two seconds."""
+    timer = threading.Timer(2, say, [f'{what}，请稍候……'])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class SafeStream:
+    """The standard output or error: writing never raises, though the disk is full or the terminal gone."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def make_streams_safe() -> None:
+    """Let nothing that is said or typed raise."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if not isinstance(stream, SafeStream):
+            if hasattr(stream, 'reconfigure'):
+                stream.reconfigure(errors='replace')  # a terminal without Chinese is no reason to end
+            setattr(sys, name, SafeStream(stream))
+    if hasattr(sys.stdin, 'reconfigure'):
+        sys.stdin.reconfigure(errors='replace')
+
+
 # ------------------------------------------------------------------------------------- before MXNet
 
 # What MXNet reads when it is imported is set here; the user's own settings win. So `import utils` comes
 # before `import mxnet` in every script.
-np.bool = bool  # MXNet 1.9.1 still asks for the name that numpy 1.24 took away
 if hasattr(os, 'sched_getaffinity'):  # not on macOS
-    os.environ.setdefault(
-        'OMP_NUM_THREADS', str(len(os.sched_getaffinity(0)))
-    )  # else half of the cores: 1.8 times
-MXNET_FOLDER = os.path.dirname(importlib.util.find_spec('mxnet').origin)
-if not glob.glob(os.path.join(MXNET_FOLDER, '..', 'mxnet_cu*')):
-    os.environ.setdefault(
-        'MXNET_ENGINE_TYPE', 'NaiveEngine'
-    )  # up to 1.04 times; a GPU needs the other engine
+    CORES = len(os.sched_getaffinity(0))
+else:
+    CORES = os.cpu_count() or 1
+os.environ.setdefault('OMP_NUM_THREADS', str(CORES))  # MXNet itself takes half of them: 1.8 times
+HAS_CUDA = glob.glob(
+    os.path.join(os.path.dirname(importlib.util.find_spec('mxnet').origin), '..', 'mxnet_cu*')
+)
+if not HAS_CUDA:  # a GPU needs the other engine
+    os.environ.setdefault('MXNET_ENGINE_TYPE', 'NaiveEngine')  # up to 1.04 times
 
-PACKAGES = {
-    'libgomp': 'libgomp1',
-    'libquadmath': 'libquadmath0',
-    'libgfortran': 'libgfortran5',
-}  # Debian, Ubuntu
+NUMPY_2 = int(np.__version__.split('.')[0]) >= 2
+GONE = {  # names that numpy 2 no longer has and MXNet 1.9.1 reads while it is imported; it calls none of them
+    **{'PZERO': 0.0, 'NZERO': -0.0, 'PINF': math.inf, 'NINF': -math.inf, 'Inf': math.inf},
+    **{'NAN': math.nan, 'NaN': math.nan},
+    **dict.fromkeys('alltrue sometrue product round_ mirr msort npv pmt ppmt pv rate in1d trapz'.split()),
+}
+PACKAGES = {'libgomp': 'libgomp1', 'libquadmath': 'libquadmath0'}  # of Debian and Ubuntu
 
 
 def explain_missing_library(error: OSError) -> str:
@@ -100,35 +169,44 @@ def explain_missing_library(error: OSError) -> str:
     library = re.match(r'(lib[\w+-]+)\.so\S*', str(error))
     if not library:
         return f'MXNet 装不进来：{error}'
-    package = PACKAGES.get(library[1])
-    where = (
-        'NVIDIA 的驱动和对应版本的 CUDA'
-        if library[1].startswith(('libcu', 'libnv', 'libnccl'))
-        else '系统的软件包'
-    )
-    hint = f'apt-get install -y {" ".join(sorted(set(PACKAGES.values()) - {"libgfortran5"}))}'
-    return f'MXNet 缺少系统库 {library[0]}：请安装{hint if package else where}。'
+    if library[1] in PACKAGES:
+        package = f'apt-get install -y {" ".join(PACKAGES.values())}'
+    elif library[1].startswith(('libcu', 'libnv', 'libnccl')):
+        package = 'NVIDIA 的驱动和对应版本的 CUDA'
+    else:
+        package = '带有它的软件包'
+    return f'MXNet 缺少系统库 {library[0]}，请安装：{package}'
 
 
-try:
-    import mxnet as mx
-    from mxnet import nd
-    from mxnet.gluon import nn
-except OSError as error:
-    sys.exit(explain_missing_library(error))
+def import_mxnet() -> None:
+    """Import MXNet with the names of numpy that it expects; start its engine without what it prints then.
 
-
-def start_engine() -> None:
-    """Start MXNet's engine without the line that it prints then."""
+    Ends the program with one line when a shared library is missing.
+    """
+    vars(np).setdefault('bool', bool)  # gone since numpy 1.24, wanted later on, too; numpy 2 has its own
+    added = {name: value for name, value in GONE.items() if NUMPY_2 and name not in vars(np)}
+    vars(np).update(added)
+    try:
+        import mxnet
+    except OSError as error:
+        sys.exit(explain_missing_library(error))
+    finally:
+        for name in added:
+            delattr(np, name)
     with open(os.devnull, 'w') as devnull:
         stderr = os.dup(2)
         os.dup2(devnull.fileno(), 2)
-        nd.waitall()
+        mxnet.nd.waitall()
         os.dup2(stderr, 2)
         os.close(stderr)
 
 
-start_engine()
+with waiting_for('正在载入 MXNet'):
+    import_mxnet()
+
+import mxnet as mx
+from mxnet import nd
+from mxnet.gluon import nn
 
 # --------------------------------------------------------------------------------- the command line
 
@@ -196,9 +274,10 @@ FILES = {  # the official files and their MD5, from https://github.com/zalandore
     't10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79',
     't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310',
 }
-MIRRORS = (  # MXNet's own bucket, and the publisher's for the day when that is gone
+MIRRORS = (  # MXNet's own bucket; the publisher's bucket and repository for the day when that is gone
     'https://apache-mxnet.s3-accelerate.dualstack.amazonaws.com/gluon/dataset/fashion-mnist/',
     'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/',
+    'https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/',
 )
 
 
@@ -553,7 +632,7 @@ def progress(train_data: Iterable) -> Iterator:
         batches = itertools.islice(train_data, done, None)
     name = f'第 {epoch} 轮' if epoch else None
     with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, disable=None) as bar:
-        for batch in bar:
+        for batch in waiting_for_first(bar, '第一批正在算') if counted and run.passes == 1 else bar:
             yield batch
             with lock:
                 if counted:
@@ -563,6 +642,14 @@ def progress(train_data: Iterable) -> Iterator:
     if counted:
         with lock:
             run.in_epoch = False
+
+
+def waiting_for_first(batches: Iterable, what: str) -> Iterator:
+    """Yield what `batches` yields; say what is being waited for when the first one takes long."""
+    batches = iter(batches)
+    with waiting_for(what):  # until the second one is asked for
+        yield from itertools.islice(batches, 1)
+    yield from batches
 
 
 def batch_loss(loss: nd.NDArray) -> float:
@@ -773,12 +860,13 @@ class Run:
 
     def trains_with(self, loader: Any) -> bool:
         """Return whether the run trains with `loader`: the first one, or what came when that was gone."""
-        if self.loader is None or self.loader() is None:
-            try:
-                self.loader = weakref.ref(loader)
-            except TypeError:  # a list, say
-                self.loader = lambda: loader
-        return self.loader() is loader
+        try:
+            same = weakref.ref(loader)
+        except TypeError:  # a list, a range: one of the same length is taken for the same
+            same = type(loader), len(loader) if hasattr(loader, '__len__') else None
+        if self.loader is None or (isinstance(self.loader, weakref.ref) and self.loader() is None):
+            self.loader = same
+        return self.loader is same or (isinstance(same, tuple) and self.loader == same)
 
     def check_loaded(self) -> None:
         """Raise RuntimeError when 继续 was said to an nn_train that begins from the start all the same."""
@@ -1408,6 +1496,8 @@ def wait_for_training() -> None:
 def train(nn_train: Callable, this_run: Run) -> None:
     """Run nn_train to its end, in the training thread; whatever it raises, the next 开始 works."""
     mx.random.seed(this_run.seed)
+    if NUMPY_2:  # MXNet passes on numbers as they print; numpy's would print as np.int64(3)
+        np.set_printoptions(legacy='1.25')
     try:
         nn_train(this_run.person.name, (this_run.learning_rate, this_run.training_iters, this_run.batch_size))
     except BaseException as error:  # sys.exit(), too
@@ -1695,7 +1785,7 @@ class Mail:
     def send_from(self, person: Person, outbox: Outbox) -> tuple:
         """Send the first letter, or the first ones as one; return why it did not go ('') and how many.
 
-        No exception of a letter ends the thread: after five tries the letter is put into the run's folder.
+        No exception of a letter ends the thread: after three tries the letter is put into the run's folder.
         Of an exception only the type is told: what it says may hold the session's secrets.
         """
         try:
@@ -1708,7 +1798,7 @@ class Mail:
             return type(error).__name__, 0
         except Exception as error:  # a bug of ours, of itchat's, or an answer that nobody has thought of
             problem = type(error).__name__
-            if outbox.tries < 5:
+            if outbox.tries < 3:
                 return problem, 0
             with self.changed:
                 letter = outbox.letters[0]
@@ -1777,54 +1867,7 @@ def write_undelivered(letters: list, why: str) -> None:
                     f.write(f'{time.strftime("%F %T")} {person.name}（{why}）\n{letter}\n\n')
 
 
-def say(text: str) -> None:
-    """Print `text` on the terminal with the time, above a progress bar if there is one."""
-    lines = [visible(line) for line in text.split('\n')]
-    tqdm.write(time.strftime('%H:%M:%S ') + '\n'.join(lines))
-
-
-def visible(text: str) -> str:
-    """Return a text with its control characters written out: strangers' texts must not steer the terminal.
-
-    >>> visible('a\\x1b[2J')
-    'a\\\\x1b[2J'
-    """
-    hidden = ('Cc', 'Cf', 'Cs', 'Zl', 'Zp')
-    return ''.join(ascii(c)[1:-1] if unicodedata.category(c) in hidden else c for c in text)
-
-
 # ------------------------------------------------------------------------------- what carries the words
-
-
-class SafeStream:
-    """The standard output or error: writing never raises, though the disk is full or the terminal gone."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def make_streams_safe() -> None:
-    """Let nothing that is said or typed raise."""
-    for name in ('stdout', 'stderr'):
-        stream = getattr(sys, name)
-        if not isinstance(stream, SafeStream):
-            if hasattr(stream, 'reconfigure'):
-                stream.reconfigure(errors='replace')  # a terminal without Chinese is no reason to end
-            setattr(sys, name, SafeStream(stream))
-    if hasattr(sys.stdin, 'reconfigure'):
-        sys.stdin.reconfigure(errors='replace')
 
 
 class Client(itchat.Core):
@@ -1864,13 +1907,13 @@ class Client(itchat.Core):
     @contextlib.contextmanager
     def waiting(self) -> Iterator:
         """Around what may take long: a signal cuts it off with SystemExit, also one that came before."""
-        self.interruptible = True
+        outside, self.interruptible = self.interruptible, True
         try:
             if self.exit_signal is not None:
                 raise SystemExit(128 + self.exit_signal)
             yield
         finally:
-            self.interruptible = False
+            self.interruptible = outside
 
     def end(self) -> None:
         """End the program: stop the run if a signal says so, deliver the last words, exit.
@@ -2189,7 +2232,8 @@ class WeChat(Client):
         answer = super().load_login_status(fileDir, **callbacks)
         if self.trouble is not None:
             raise self.trouble
-        return answer
+        with self.waiting():  # a signal that itchat has swallowed
+            return answer
 
     def get_msg(self) -> tuple:
         """Fetch messages and changed contacts; (None, None) when the server refuses."""
