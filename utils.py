@@ -36,6 +36,8 @@ import gc
 import glob
 import grp
 import gzip
+import hashlib
+import html
 import importlib.util
 import io
 import itertools
@@ -45,6 +47,7 @@ import math
 import os
 import pathlib
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -75,8 +78,8 @@ with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on
     import itchat
     import itchat.content
     from itchat.components.contact import update_local_friends
-    from itchat.components.login import sync_check
     from itchat.components.messages import produce_msg
+    from itchat.returnvalues import ReturnValue
 
 # ----------------------------------------------------------------------------------------- what is said
 
@@ -226,6 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
         action='store_true',
         help='从文件传输助手登录：什么账号都可以，在自己手机的“文件传输助手”里发命令',
     )
+    add('--logout', action='store_true', help='结束存下的登录（服务器上的也结束），删掉它的文件')
     add('--seed', type=int, default=0, help='随机种子：种子相同，训练的结果就相同（默认 0）')
     add(
         '--supervisor',
@@ -235,6 +239,11 @@ def make_parser() -> argparse.ArgumentParser:
         help='谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以',
     )
     add('--then', metavar='CMD', help='训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown')
+    add(
+        '--trace',
+        metavar='FILE',
+        help='把每个请求和回答记进 FILE，密钥、名字、文字都涂黑，可以附在问题报告里',
+    )
     parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
     return parser
 
@@ -1128,7 +1137,7 @@ def draw_curve(history: list, losses: list, path: str) -> None:
         above.plot(epochs, loss, 'o-', color='tab:blue', label='train loss')
         below.plot(epochs, train_acc, 'o-', color='tab:orange', label='train acc')
         below.plot(epochs, test_acc, 's--', color='tab:green', label='test acc')
-        below.legend(fontsize=12)
+        below.legend(fontsize=12, loc='lower right')
     above.legend(fontsize=12)
     # A few wild batches must not press the rest to the ground.
     finite = [loss for _, loss in losses if math.isfinite(loss)] + [row[1] for row in history]
@@ -2002,7 +2011,7 @@ class Terminal(Client):
     def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
         """Print a text."""
         tqdm.write(msg + '\n')
-        return itchat.returnvalues.ReturnValue({'BaseResponse': {'Ret': 0}})
+        return ReturnValue({'BaseResponse': {'Ret': 0}})
 
     def send_image(self, fileDir: Any = None, toUserName: Optional[str] = None, *args) -> dict:
         """Print where a picture is."""
@@ -2031,11 +2040,94 @@ class Adapter(requests.adapters.HTTPAdapter):
     def send(self, request, timeout=None, **kwargs):
         name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
         self.client.change_request(name, request)
-        response = super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
+        try:
+            response = super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
+        except requests.RequestException as error:
+            trace(request, type(error).__name__)
+            raise
+        trace(request, response)
         if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
             response.raise_for_status()
         self.client.change_answer(name, response)
         return response
+
+
+HARMLESS = {  # names whose values a trace may show
+    *(
+        'appid',
+        'fun',
+        'lang',
+        'version',
+        'tip',
+        'loginicon',
+        'f',
+        'type',
+        'redirect',
+        'mmweb_appid',
+        'random',
+    ),
+    *(
+        'Ret',
+        'MsgType',
+        'Type',
+        'AddMsgCount',
+        'ModContactCount',
+        'Count',
+        'MediaType',
+        'UploadType',
+        'Scene',
+    ),
+    *('MemberCount', 'Seq', 'InviteStartCount', 'content-type', 'date', 'origin', 'referer', 'Code'),
+}
+
+
+def trace(request: Any, response: Any) -> None:
+    """Append a request and its answer, or why there is none, to --trace's file, with nothing private in it.
+
+    Only names, sizes and the values of HARMLESS are written. Called by the main thread and by the mail's.
+    """
+    if not options.trace:
+        return
+    url = urllib.parse.urlsplit(request.url)
+    lines = [f'{time.strftime("%F %T")} {request.method} {url.hostname}{url.path}']
+    query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+    lines += [f'  query {black_out(query)}', f'  headers {black_out(dict(request.headers))}']
+    if request.body:
+        lines += [f'  body {black_out_body(request.body)}']
+    if isinstance(response, str):
+        lines += [f'  no answer: {response}']
+    else:
+        lines += [f'  answer {response.status_code} {black_out(dict(response.headers))}']
+        lines += [f'  {black_out_body(response.content)}']
+    with contextlib.suppress(OSError):
+        with open(options.trace, 'a', opener=functools.partial(os.open, mode=0o600)) as f:
+            f.write('\n'.join(lines) + '\n')
+
+
+def black_out(value: Any, name: str = '') -> Any:
+    """Return what a trace may show of a value: the names in it, and what they are the names of."""
+    if isinstance(value, dict):
+        return {str(key): black_out(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [black_out(inner) for inner in value[:3]] + ([f'... {len(value)} in all'] if value[3:] else [])
+    if name in HARMLESS or name.lower() in HARMLESS or value is None or isinstance(value, bool):
+        return value
+    return f'<{type(value).__name__} {len(str(value))}>'
+
+
+def black_out_body(body: Any) -> Any:
+    """Return what a trace may show of a body: JSON's names, XML's tags, short numbers."""
+    content = body if isinstance(body, bytes) else str(body).encode()
+    try:
+        return black_out(json.loads(content))
+    except ValueError:
+        text = content[:3000].decode('utf-8', 'replace')
+    if text.startswith('--'):  # a form
+        return 'form ' + ' '.join(re.findall(r'; name="([^"]*)"', content.decode('utf-8', 'replace')))
+    text = re.sub(
+        r'>[^<]*|"[^"]*"?', lambda m: m[0] if re.fullmatch(r'>|.\d{0,4}"?', m[0]) else m[0][0] + '...', text
+    )
+    return text[:300] if text[:1] in ('<', 'w') else f'<{len(content)} bytes>'
 
 
 class ShortLog(logging.Handler):
@@ -2054,9 +2146,11 @@ class WeChat(Client):
     """
 
     session_file = 'itchat.pkl'
+    queries = {name: {'lang': 'zh_CN'} for name in ('webwxsendmsg', 'webwxsendmsgimg')}  # what is added
     hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
     refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
     unreachable = '连不上微信（{}）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+    domains = '.qq.com', '.wechat.com'  # where a login may lead
     busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
 
     def __init__(self):
@@ -2064,6 +2158,7 @@ class WeChat(Client):
         self.s.mount('https://', Adapter(self))
         self.s.mount('http://', Adapter(self))
         self.logins = 0  # sessions so far
+        self.odd = 0  # looks in a row that the server answered with 1100, or not at all
         self.trouble = None  # what kept the server from answering get_msg()
         self.early = []  # messages that came with the login
         self.clock = 0  # by how many seconds the server's is ahead
@@ -2090,6 +2185,8 @@ class WeChat(Client):
         logging.getLogger('itchat').addHandler(ShortLog())
         self.useHotReload, self.hotReloadDir = hotReload, statusStorageDir or self.session_file
         self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
+        if options.logout:
+            self.log_out_stored()
         trouble = ''
         with contextlib.suppress(SystemExit):  # of leave()
             trouble = self.log_in()
@@ -2143,6 +2240,68 @@ class WeChat(Client):
             raise requests.RequestException('no uuid in the answer')
         return uuid
 
+    def check_login(self, uuid: Optional[str] = None) -> str:
+        """Ask once if the code was scanned: '408' not yet, '201' scanned, '200' logged in, else run out."""
+        now = int(time.time())
+        query = {'loginicon': 'true', 'uuid': uuid or self.uuid, 'tip': 1, 'r': -now // 1579, '_': now}
+        answer = self.ask(f'{itchat.config.BASE_URL}/cgi-bin/mmwebwx-bin/login', params=query).text
+        code = re.search(r'window.code=(\d+)', answer)
+        page = re.search(r'window.redirect_uri="(\S+)"', answer)
+        if code and code[1] == '200':
+            self.open_session(page[1])
+        return code[1] if code else '400'
+
+    def ask(self, url: str, **kwargs) -> Any:
+        """Get a page as a browser does."""
+        return self.s.get(url, headers={'User-Agent': itchat.config.USER_AGENT}, **kwargs)
+
+    def open_session(self, page: str) -> None:
+        """Fetch the login page, through three redirects at most, and take the session's tickets from it.
+
+        Raises Refused when there are none, or when a redirect leads away from WeChat.
+        """
+        for _ in range(4):
+            url = urllib.parse.urlsplit(page)
+            if url.scheme != 'https' or not ('.' + (url.hostname or '')).endswith(self.domains):
+                raise Refused
+            answer = self.fetch_login_page(page)
+            found = dict(re.findall(r'<(\w+)>(?:<!\[CDATA\[)?([^<\]]*)(?:\]\]>)?</\1>', answer.text))
+            tickets = {
+                **self.s.cookies.get_dict(),
+                **{name: html.unescape(v) for name, v in found.items() if v},
+            }
+            if all(tickets.get(name) for name in ('skey', 'wxsid', 'wxuin', 'pass_ticket')):
+                return self.take_tickets(page, tickets)
+            onward = tickets.get('redirecturl') or answer.headers.get('Location')
+            if not onward:
+                raise Refused
+            page = urllib.parse.urljoin(page, onward)
+        raise Refused
+
+    def fetch_login_page(self, page: str) -> Any:
+        """Get the login page as the UOS client does, which gets tickets for more accounts than others."""
+        headers = {
+            'User-Agent': itchat.config.USER_AGENT,
+            'client-version': itchat.config.UOS_PATCH_CLIENT_VERSION,
+            'extspam': itchat.config.UOS_PATCH_EXTSPAM,
+            'referer': 'https://wx.qq.com/?&lang=zh_CN&target=t',
+        }
+        return self.s.get(page, headers=headers, allow_redirects=False)
+
+    def take_tickets(self, page: str, tickets: dict) -> None:
+        """Begin a session with the tickets of the login page at `page`."""
+        url = page.split('?')[0].rsplit('/', 1)[0]
+        names = {'Skey': 'skey', 'Sid': 'wxsid', 'Uin': 'wxuin'}
+        self.loginInfo.update(
+            {name: tickets[name] for name in (*names.values(), 'pass_ticket')},
+            BaseRequest={name: tickets[lower] for name, lower in names.items()},
+            deviceid='e' + repr(random.random())[2:17],
+            logintime=int(time.time() * 1e3),
+            url=url,
+            fileUrl=url.replace('://', '://file.'),
+            syncUrl=url.replace('://', '://webpush.'),
+        )
+
     def show_qr(self, uuid: str, status: str, qrcode: bytes) -> None:
         """Show the state of the login: itchat calls it with the QR code (a PNG) and at every poll."""
         if status == '0':
@@ -2159,10 +2318,10 @@ class WeChat(Client):
             except OSError as error:  # a full disk
                 instead = f'（{picture} 没有写成：{error.strerror}）'
             say(f'请用微信扫码{"重新" if self.logins else ""}登录{instead}')
-        elif status == '400':
-            say('二维码过期了，换一个新的。')
-        elif status == '201' or not qrcode:  # no code: the phone asks by itself, after an earlier login
+        elif status == '201' or (status == '408' and not qrcode):  # no code: after an earlier login
             say('请在手机上确认登录。')
+        elif status not in ('200', '408'):
+            say('二维码过期了，换一个新的。')
 
     def show_login(self) -> None:
         """Check that somebody has logged in; without this, itchat would clear the terminal."""
@@ -2184,9 +2343,7 @@ class WeChat(Client):
         while True:
             try:
                 query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
-                answer = self.s.get(
-                    url, params=query, headers={'User-Agent': itchat.config.USER_AGENT}
-                ).json()
+                answer = self.ask(url, params=query).json()
                 friends = [
                     friend for friend in answer['MemberList'] if not friend['UserName'].startswith('@@')
                 ]
@@ -2247,6 +2404,22 @@ class WeChat(Client):
         self.early = messages  # of load_login_status(), which would not look who has written them
         return [], contacts
 
+    def log_out_stored(self) -> None:
+        """End the stored session on the server, remove its file and end the program."""
+        path = self.hotReloadDir
+        if not os.path.exists(path):
+            sys.exit(f'没有存下的登录（{os.path.abspath(path)}）。')
+        try:
+            if self.load_login_status(path):
+                self.logout()
+                say('已在服务器上退出登录。')
+        except requests.RequestException:
+            sys.exit('连不上微信，登录没有结束，文件还在。')
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        say(f'删掉了 {os.path.abspath(path)}。')
+        sys.exit()
+
     # -- receiving
 
     def start_receiving(self, exitCallback=None, getReceivingFnOnly=False) -> None:
@@ -2304,10 +2477,9 @@ class WeChat(Client):
         messages, contacts, self.early = self.early, [], []
         if not messages:
             with self.waiting():
-                news = sync_check(self)
-                if news not in (None, '0'):
+                if self.look():
                     messages, contacts = self.get_msg()
-            if news is None or messages is None:
+            if messages is None:
                 raise SessionOver
         if contacts:
             update_local_friends(self, [c for c in contacts if not c['UserName'].startswith('@@')])
@@ -2315,7 +2487,32 @@ class WeChat(Client):
             try:
                 self.take(msg)
             except Exception as error:  # of this message; those behind it must not suffer
-                say(f'一条消息没有读成：{type(error).__name__}')
+                if msg.get('MsgType') == 1:  # a text
+                    say(f'一条消息没有读成：{type(error).__name__}')
+
+    def look(self) -> bool:
+        """Wait for news, half a minute at most; return whether there is something to fetch.
+
+        Raises SessionOver, and RequestException when the answer is none.
+        """
+        info = self.loginInfo
+        names = {'skey': 'skey', 'sid': 'wxsid', 'uin': 'wxuin', 'deviceid': 'deviceid', 'synckey': 'synckey'}
+        query = {name: info[key] for name, key in names.items()}
+        query.update(r=int(time.time() * 1e3), _=info['logintime'])
+        info['logintime'] += 1
+        answer = self.ask(info['syncUrl'] + '/synccheck', params=query).text
+        found = re.search(r'retcode:\s*"(\d+)",\s*selector:\s*"(\d+)"', answer)
+        if not found:
+            raise requests.RequestException('no answer to synccheck')
+        retcode, selector = found.groups()
+        if retcode == '1100':  # a log-out for some clients, 'fetch' for others: the fetch will tell
+            self.odd += 1
+            self.pause(min(self.odd, 5))
+            return True
+        if retcode != '0':
+            raise SessionOver
+        self.odd = 0
+        return selector != '0'
 
     def take(self, msg: dict) -> None:
         """Hand one message to its handler, unless it is a group's, the program's own, or has come before."""
@@ -2357,7 +2554,18 @@ class WeChat(Client):
     # -- what the adapter asks
 
     def change_request(self, name: str, request: Any) -> None:
-        """Change a request to `name`, the last part of its path, before it is sent."""
+        """Change a request to `name`, the last part of its path, before it is sent: its tickets encoded once.
+
+        itchat puts some into the query as they are, although they contain +, / and, the pass_ticket, %2B.
+        """
+        url = urllib.parse.urlsplit(request.url)
+        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        query.update(self.queries.get(name, {}))
+        tickets = {'skey': 'skey', 'sid': 'wxsid', 'uin': 'wxuin'}
+        query.update({key: self.loginInfo[ticket] for key, ticket in tickets.items() if key in query})
+        if 'pass_ticket' in query or name in ('webwxsendmsg', 'webwxsendmsgimg'):
+            query['pass_ticket'] = urllib.parse.unquote(self.loginInfo['pass_ticket'])
+        request.url = url._replace(query=urllib.parse.urlencode(query)).geturl()
 
     def change_answer(self, name: str, response: Any) -> None:
         """Change an answer before itchat reads it; take the time from it."""
@@ -2396,7 +2604,8 @@ def set_damaged_session_aside(path: str) -> None:
 class FileHelper(WeChat):
     """The web page of 文件传输助手: web WeChat's protocol with the differences that stand here.
 
-    See github.com/sxkiss/wx-filehelper-api. Threads as in WeChat.
+    They are those in which the clients that were written for the page agree; the README names what is known.
+    Threads as in WeChat.
     """
 
     session_file = 'filehelper.pkl'
@@ -2404,28 +2613,74 @@ class FileHelper(WeChat):
     refusal = (
         '微信没有让这个账号登录文件传输助手网页版。请过一会儿再试，换一个账号，或用 --console 在终端里控制。'
     )
+    domains = ('.qq.com',)
     app_id = 'wx_webfilehelper'
-    login_page = 'https://szfilehelper.weixin.qq.com/cgi-bin/mmwebwx-bin/webwxnewloginpage'
-    queries = {  # what is added, by the last part of the path
-        'jslogin': {'appid': app_id, 'redirect_uri': login_page},
-        'login': {'appid': app_id},
-        'webwxnewloginpage': {'fun': 'new', 'version': 'v2'},
-        'synccheck': {'mmweb_appid': app_id},
+    entries = {  # the host of the page -> that of its login, in the order in which they are tried
+        'szfilehelper.weixin.qq.com': 'login.wx2.qq.com',
+        'filehelper.weixin.qq.com': 'login.wx.qq.com',
     }
-    file_hosts = {'szfilehelper': 'file.wx2.qq.com', 'cmfilehelper': 'file.wx8.qq.com'}
+    file_hosts = {
+        'szfilehelper.weixin.qq.com': 'file.wx2.qq.com',
+        'cmfilehelper.weixin.qq.com': 'file.wx8.qq.com',
+    }
 
     def __init__(self):
         super().__init__()
-        itchat.config.BASE_URL = 'https://login.wx2.qq.com'
+        self.silent = 0  # looks in a row that were not answered
+        self.init_refused = False
+        self.use_entry('szfilehelper.weixin.qq.com')
+
+    def use_entry(self, entry: str) -> None:
+        """Log in by way of this host of the page."""
+        self.entry = entry
+        self.loginInfo.pop('url', None)  # of a login by way of another
+        itchat.config.BASE_URL = 'https://' + self.entries[entry]
+        page = f'https://{entry}/cgi-bin/mmwebwx-bin/webwxnewloginpage'
+        self.queries = {
+            **WeChat.queries,
+            'jslogin': {
+                'appid': self.app_id,
+                'redirect_uri': urllib.parse.quote(page, safe=''),  # so it is encoded twice, as most have it
+                '_': int(time.time() * 1e3),
+            },
+            'login': {'appid': self.app_id},
+            'webwxnewloginpage': {'fun': 'new', 'version': 'v2'},
+            'webwxinit': {'lang': 'zh_CN'},
+            'synccheck': {'mmweb_appid': self.app_id},
+        }
+
+    # -- logging in
+
+    def log_in(self) -> str:
+        """Log in once, by way of the other host if the first one refuses what the phone has confirmed."""
+        self.init_refused, self.silent = False, 0
+        trouble = super().log_in()
+        others = [entry for entry in self.entries if entry != self.entry]
+        if trouble == self.refusal and self.init_refused and self.entry == next(iter(self.entries)):
+            say(f'{self.entry} 没有接受这个账号，换 {others[0]}：请再扫一次。')
+            self.s.cookies.clear()
+            self.use_entry(others[0])
+            trouble = super().log_in()
+        return trouble
+
+    def fetch_login_page(self, page: str) -> Any:
+        """Get the login page as a browser does: no UOS client comes here."""
+        return self.ask(page, allow_redirects=False)
+
+    def take_tickets(self, page: str, tickets: dict) -> None:
+        """Begin a session; the host where the login ended is the entry host, and decides on the file host."""
+        super().take_tickets(page, tickets)
+        self.loginInfo['syncUrl'] = self.loginInfo['url']
+        host = self.file_hosts.get(urllib.parse.urlsplit(page).hostname, 'file.wx.qq.com')
+        self.loginInfo['fileUrl'] = f'https://{host}/cgi-bin/mmwebwx-bin'
 
     def web_init(self) -> dict:
-        """Set the hosts that follow from the one where the login ended, and go on as in web WeChat."""
-        entry = urllib.parse.urlsplit(self.loginInfo['url']).hostname.split('.')[0]
-        self.loginInfo['syncUrl'] = self.loginInfo['url']
-        self.loginInfo['fileUrl'] = (
-            f'https://{self.file_hosts.get(entry, "file.wx.qq.com")}/cgi-bin/mmwebwx-bin'
-        )
-        return super().web_init()
+        """Fetch the account; note when it is refused after the login was confirmed."""
+        try:
+            return super().web_init()
+        except (LookupError, TypeError, ValueError):
+            self.init_refused = True
+            raise
 
     def show_mobile_login(self) -> None:
         """Do nothing: the page does not."""
@@ -2440,14 +2695,97 @@ class FileHelper(WeChat):
             self.s.cookies.clear()  # or itchat would ask for a login without a QR code: not there
         return answer
 
+    def logout(self) -> Any:
+        """End the session on the server as the page does, if there is one."""
+        if self.alive:
+            form = {'sid': self.loginInfo['wxsid'], 'uin': self.loginInfo['wxuin']}
+            query = {'redirect': 1, 'type': 0, 'skey': self.loginInfo['skey']}
+            self.s.post(
+                self.loginInfo['url'] + '/webwxlogout', params=query, data=form, allow_redirects=False
+            )
+            self.alive = False
+        return super().logout()
+
+    # -- receiving and sending
+
+    def look(self) -> bool:
+        """Wait for news; where synccheck is not answered, fetch every few seconds, as some clients do."""
+        if self.silent < 2:
+            try:
+                news = super().look()
+                self.silent = 0
+                return news
+            except requests.RequestException:
+                self.silent += 1  # if it is the network, the fetch will fail, too
+        else:
+            self.pause(3)
+        return True
+
+    def send_image(self, fileDir: Any = None, toUserName: Optional[str] = None, *args) -> dict:
+        """Send a picture; a text with its path where it cannot be uploaded to either file host."""
+        first = self.loginInfo['fileUrl']
+        other = 'file.wx2.qq.com' if '//file.wx.' in first else 'file.wx.qq.com'
+        for url in (first, f'https://{other}/cgi-bin/mmwebwx-bin'):
+            with contextlib.suppress(requests.RequestException):
+                answer = self.upload(url, fileDir, toUserName)
+                if answer and answer.get('MediaId'):
+                    return self.send_media(answer['MediaId'], toUserName)
+        return self.send_msg(f'图片没有传上去，在 {fileDir}', toUserName)
+
+    def upload(self, url: str, path: str, to: str) -> dict:
+        """Upload a picture to a file host, in the form that the page sends."""
+        with open(path, 'rb') as f:
+            content = f.read()
+        request = {
+            'UploadType': 2,
+            'BaseRequest': self.loginInfo['BaseRequest'],
+            'ClientMediaId': int(time.time() * 1e4),
+            'TotalLen': len(content),
+            'StartPos': 0,
+            'DataLen': len(content),
+            'MediaType': 4,
+            'FromUserName': self.storageClass.userName,
+            'ToUserName': to,
+            'FileMd5': hashlib.md5(content).hexdigest(),
+        }
+        form = {
+            'name': os.path.basename(path),
+            'type': 'image/png',
+            'lastModifiedDate': time.strftime('%a %b %d %Y %H:%M:%S GMT+0800 (CST)'),
+            'size': str(len(content)),
+            'mediatype': 'pic',
+            'uploadmediarequest': json.dumps(request, separators=(',', ':')),
+            'webwx_data_ticket': self.s.cookies.get_dict().get('webwx_data_ticket', ''),
+            'pass_ticket': self.loginInfo['pass_ticket'],  # as it came: the page does not decode it here
+        }
+        files = {name: (None, value) for name, value in form.items()}
+        files['filename'] = (form['name'], content, form['type'])
+        query = {'f': 'json', 'random': ''.join(random.choices('abcdefghijklmnopqrstuvwxyz0123456789', k=4))}
+        return ReturnValue(rawResponse=self.s.post(url + '/webwxuploadmedia', params=query, files=files))
+
+    def send_media(self, media_id: str, to: str) -> dict:
+        """Send a picture that was uploaded."""
+        number = int(time.time() * 1e4)
+        message = {
+            'Type': 3,
+            'MediaId': media_id,
+            'Content': '',
+            'FromUserName': self.storageClass.userName,
+            'ToUserName': to,
+            'LocalID': number,
+            'ClientMsgId': number,
+        }
+        data = {'BaseRequest': self.loginInfo['BaseRequest'], 'Msg': message, 'Scene': 0}
+        url = self.loginInfo['url'] + '/webwxsendmsgimg'
+        return ReturnValue(rawResponse=self.s.post(url, params={'fun': 'async', 'f': 'json'}, json=data))
+
+    # -- what the adapter asks
+
     def change_request(self, name: str, request: Any) -> None:
-        if name in self.queries:
-            url = urllib.parse.urlsplit(request.url)
-            query = {**dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True)), **self.queries[name]}
-            request.url = url._replace(query=urllib.parse.urlencode(query)).geturl()
-        request.headers['mmweb_appid'] = self.app_id
-        for header in ('client-version', 'extspam', 'referer'):  # of the UOS client, which this is not
-            request.headers.pop(header, None)
+        super().change_request(name, request)
+        entry = urllib.parse.urlsplit(self.loginInfo.get('url') or f'https://{self.entry}').hostname
+        headers = {'mmweb_appid': self.app_id, 'Referer': f'https://{entry}/', 'Origin': f'https://{entry}'}
+        request.headers.update(headers, **{'User-Agent': itchat.config.USER_AGENT})
 
     def change_answer(self, name: str, response: Any) -> None:
         """Put in what itchat reads although this server does not send it."""

@@ -1,9 +1,10 @@
 """Train the Gluon CNN on Fashion-MNIST, watched and steered from WeChat."""
 
 import utils  # before MXNet and itchat: see its first sections and its last
-import itchat
-from mxnet import autograd, gluon
 from mxnet.gluon import nn
+import itchat
+from mxnet import autograd
+from mxnet import gluon
 
 
 def nn_train(wechat_name, params):
