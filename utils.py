@@ -100,6 +100,14 @@ def visible(text: str) -> str:
     return ''.join(ascii(c)[1:-1] if unicodedata.category(c) in hidden else c for c in text)
 
 
+def print_traceback() -> None:
+    """Print the traceback of the exception that is being handled, without the queries of addresses in it.
+
+    They hold the session's secrets.
+    """
+    sys.stderr.write(re.sub(r'\?\S*=\S*', '?...', traceback.format_exc()))
+
+
 @contextlib.contextmanager
 def waiting_for(what: str) -> Iterator:
     """Say what is being waited for when it takes longer than two seconds."""
@@ -134,7 +142,7 @@ class SafeStream:
 def make_streams_safe() -> None:
     """Let nothing that is said or typed raise."""
     for name in ('stdout', 'stderr'):
-        stream = getattr(sys, name)
+        stream = getattr(sys, name) or open(os.devnull, 'w')  # None: it was closed before the program began
         if not isinstance(stream, SafeStream):
             if hasattr(stream, 'reconfigure'):
                 stream.reconfigure(errors='replace')  # a terminal without Chinese is no reason to end
@@ -260,6 +268,8 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     make_streams_safe()
     parser = make_parser()
     parser.parse_args(argv, namespace=options)
+    if not all(name.strip() for name in options.supervisor):
+        parser.error('--supervisor：名字是空的')
     if options.data:
         try:
             find_files(options.data)
@@ -469,6 +479,8 @@ def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
 def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Context] = None) -> float:
     """Return the share of all examples of `data_iterator` that `net` classifies correctly."""
     correct = total = 0
+    if isinstance(data_iterator, Batches):  # the training data, too: this is no pass that trains
+        data_iterator = data_iterator.read(max(data_iterator.epoch, 1))
     for data, label in data_iterator:
         output = net(data.as_in_context(ctx or try_gpu()))
         correct += (output.argmax(axis=1) == label.as_in_context(output.context)).sum().asscalar()
@@ -650,7 +662,7 @@ def progress(train_data: Iterable) -> Iterator:
                         return
     if counted:
         with lock:
-            run.in_epoch = False
+            run.in_epoch, run.batches = False, run.batch
 
 
 def waiting_for_first(batches: Iterable, what: str) -> Iterator:
@@ -668,7 +680,7 @@ def batch_loss(loss: nd.NDArray) -> float:
     """
     value = loss.mean().asscalar().item()
     with lock:
-        run.losses.add(run.epochs + (run.batch + 1) / max(run.batches, 1), value)
+        run.losses.add(run.epochs + (run.batch + 1) / max(run.batches, run.batch + 1), value)
     check_finite(value)
     return value
 
@@ -744,16 +756,15 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss, train_acc) -
 
 
 def lock_end(wechat_name: str) -> None:
-    """The run is over: free the lock for the next 开始, tell who started it and the supervisors."""
+    """The run is over: free the lock for the next 开始, which works when nn_train has returned.
+
+    Then the one who started the run and the supervisors are told; see train().
+    """
     global running
     with lock:
-        # Said before the lock is let go, so that no word of the next run overtakes it.
-        run.tell(run.closing_report(stopped=not running))
-        if len(run.history) > 1:
-            run.tell(run.curve())
-        if running and run.error is None and options.then:
-            countdown.start(run.person)
-        run.busy = running = False
+        if not run.ended:
+            run.ended, run.stopped = True, not running
+        running = False
 
 
 def chat_send(text: str) -> None:
@@ -814,6 +825,7 @@ class Run:
         self.batch_size, self.seed = batch_size, options.seed  # a resumed run keeps its own
         self.live = calls(nn_train, 'params')  # does nn_train ask for new values while it trains?
         self.busy = False  # is nn_train at work? It still is for a moment after 停止
+        self.ended = self.stopped = False  # has it called lock_end()? Had a person said 停止 by then?
         self.error = None  # what nn_train raised
         self.folder = None  # its checkpoints and its log; made when there is something to keep
         self.checkpoint = None  # the file that can be resumed from
@@ -822,7 +834,7 @@ class Run:
         self.unwritten = set()  # what could not be written, and the person was told so
         self.history = []  # a row for every epoch: see LOG
         self.losses = Losses()
-        self.loader = None  # refers to what the run trains with: see trains_with()
+        self.loader = self.loader_type = None  # refers to what the run trains with: see trains_with()
         self.epochs = 0  # done
         self.batch = self.batches = 0  # done and in all in this epoch; 0 when progress() is not used
         self.passes = 0  # begun over the training data
@@ -846,12 +858,12 @@ class Run:
     def state(self, epoch: int, train_loss: Any, train_acc: Any) -> dict:
         """Return what a checkpoint holds beside the network, the optimizer and the losses."""
         return {
-            'epoch': epoch,
+            'epoch': int(epoch),
             'train_loss': float(train_loss),
             'train_acc': float(train_acc),
             'data': data_name(),
             'seed': self.seed,
-            'epochs': epoch - 1,
+            'epochs': int(epoch) - 1,
             'batch': self.batch if self.in_epoch else 0,
             'batches': self.batches,
             'history': self.history[:],
@@ -873,8 +885,9 @@ class Run:
             same = weakref.ref(loader)
         except TypeError:  # a list, a range: one of the same length is taken for the same
             same = type(loader), len(loader) if hasattr(loader, '__len__') else None
-        if self.loader is None or (isinstance(self.loader, weakref.ref) and self.loader() is None):
-            self.loader = same
+        gone = isinstance(self.loader, weakref.ref) and self.loader() is None
+        if self.loader is None or (gone and type(loader) is self.loader_type):
+            self.loader, self.loader_type = same, type(loader)
         return self.loader is same or (isinstance(same, tuple) and self.loader == same)
 
     def check_loaded(self) -> None:
@@ -891,7 +904,7 @@ class Run:
         if self.passes:
             self.batch = 0
         self.passes += 1
-        self.in_epoch, self.batches, self.epoch_from = True, batches, self.batch
+        self.in_epoch, self.batches, self.epoch_from = True, batches or self.batches, self.batch
         self.epoch_began = self.last_step = time.monotonic()
         return self.epochs + 1, self.batch
 
@@ -910,6 +923,7 @@ class Run:
         self.start_clock()
         now = time.monotonic()
         seconds = now - self.epoch_began
+        epoch = int(epoch)
         self.history.append((epoch, loss, train_acc, test_acc, self.learning_rate, round(seconds, 3)))
         self.epochs, self.batch = epoch, 0
         self.epoch_began = self.last_step = now
@@ -949,7 +963,8 @@ class Run:
 
     def place(self, batch: int, to: str = '到') -> str:
         """Return a place in the current epoch, in words."""
-        return f'第 {self.epochs + 1} 轮{to}第 {batch}/{self.batches} 批'
+        batches = f'/{self.batches}' if self.batches else ''
+        return f'第 {self.epochs + 1} 轮{to}第 {batch}{batches} 批'
 
     def best(self) -> Optional[tuple]:
         """Return the row of the epoch with the best test accuracy, the first of them; None without epochs."""
@@ -991,9 +1006,9 @@ class Run:
         """Return the three values that the run trains with, in words."""
         return values_text(self.learning_rate, self.training_iters, self.batch_size)
 
-    def closing_report(self, stopped: bool) -> str:
+    def closing_report(self) -> str:
         """Return how the run ended."""
-        error, lines = self.error, ['训练已停止' if stopped else '训练完成', self.how_far()]
+        error, lines = self.error, ['训练已停止' if self.stopped else '训练完成', self.how_far()]
         if isinstance(error, FloatingPointError):
             place = self.place(self.batch + 1, '') if self.in_epoch else f'第 {self.epochs + 1} 轮'
             again = '继续' if self.checkpoint else '开始'
@@ -1003,7 +1018,8 @@ class Run:
             lines = [f'训练出错，已结束（主机 {socket.gethostname()}）', *error_lines(error), self.how_far()]
         if self.history:
             lines.append(self.best_line())
-        if self.checkpoint and (error is not None or stopped):
+        kept = self.checkpoint and os.path.exists(self.checkpoint)
+        if kept and (error is not None or self.epochs_done() < self.training_iters):
             lines.append(f'检查点在 {self.checkpoint}，发“继续”接着训练')
         return data_note() + '\n'.join([*lines, '用时 ' + duration(self.elapsed())])
 
@@ -1033,6 +1049,7 @@ class Run:
                     os.mkdir(name, 0o755)  # nobody else may put a checkpoint there: see open_private()
                     self.folder = name
                 name = next(others)
+            os.makedirs(self.folder, mode=0o755, exist_ok=True)  # somebody may have removed it
             return self.folder
 
     def write(self, name: str, what: str, write: Callable) -> Optional[str]:
@@ -1102,7 +1119,10 @@ def error_lines(error: BaseException) -> list:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an exception says; MXNet puts a traceback of its own before it."""
-    lines = str(error).strip().split('\n')
+    try:
+        lines = str(error).strip().split('\n')
+    except Exception:  # of its own __str__
+        return '没有说明'
     return (lines[-1 if lines[0].startswith('Traceback') else 0] or '没有说明')[:200]
 
 
@@ -1207,7 +1227,8 @@ def read_checkpoint(path: str) -> dict:
                 points = np.load(io.BytesIO(checkpoint.read('losses.npy'))).tolist()
                 state.setdefault('epochs', len(state['history']))  # not there in those of earlier versions
                 state['losses'] = Losses(map(tuple, points), **state.get('losses', {}))
-                return state
+                Run().resume(path, state)  # nothing is missing
+                return {'data': state['data'], **state}
         except Exception as error:  # whatever zipfile, json and numpy make of damaged bytes
             raise ValueError(f'{path} 已损坏（{type(error).__name__}）') from None
 
@@ -1312,6 +1333,7 @@ class People:
         self.guard = threading.Lock()
         self.known = {'filehelper': OWNER}  # UserName -> Person, of this login
         self.supervisors = []
+        self.named = {}  # what the command line calls them -> Person
         self.refused = set()  # those who were told that they may not command
 
     def writer(self, msg: dict) -> Optional[Person]:
@@ -1332,21 +1354,31 @@ class People:
         person.name = name
         return person
 
-    def permit(self, person: Person) -> bool:
-        """Return whether `person` may command; one who may not is told so, once."""
+    def permit(self, person: Person, old: bool = False) -> bool:
+        """Return whether `person` may command; one who may not is told so, once.
+
+        The first who commands may from then on, if nobody was named; an `old` command makes nobody the first.
+        """
         with self.guard:
             first = person is not OWNER and not self.supervisors and not options.supervisor
-            if first:
+            if first and not old:
                 self.supervisors.append(person)
-            permitted = person is OWNER or person in self.supervisors
+            permitted = first or person is OWNER or person in self.supervisors
             to_refuse = not permitted and person not in self.refused
             if to_refuse:
                 self.refused.add(person)
-        if first:
+        if first and not old:
             mail.put(person, '程序结束前，只有你（和机主）能下命令。')
         if to_refuse:
             mail.put(person, '抱歉，这里的训练由别人监督，你的命令没有执行。')
         return permitted
+
+    def rename(self, friends: list) -> None:
+        """Note the names of entries of the contacts that have changed."""
+        with self.guard:
+            for friend in friends:
+                if friend['UserName'] in self.known:
+                    self.meet(friend)
 
     def audience(self, person: Optional[Person]) -> set:
         """Return who gets the reports of a run that `person` has started."""
@@ -1358,21 +1390,22 @@ class People:
         with self.guard:
             return person.user_name
 
-    def find_again(self, new_names: bool) -> None:
-        """After a login: find the supervisors among the friends, and all others if UserNames are new."""
+    def find_again(self) -> None:
+        """After a login with new UserNames: find all who are known, and the supervisors, again."""
         friends = itchat.instance.get_friends()[1:]  # the first is the account itself
         with self.guard:
-            if new_names:
-                persons = [*self.known.values(), *self.supervisors, *self.refused]
-                self.known = {'filehelper': OWNER}
-                for person in dict.fromkeys(persons):
-                    if person is not OWNER:
-                        person.user_name = None
-                        self.find(friends, person.name, person)
+            persons = [*self.supervisors, *self.known.values(), *self.refused]
+            self.known = {'filehelper': OWNER}
+            for person in dict.fromkeys(persons):
+                if person is not OWNER:
+                    person.user_name = None
+                    self.find(friends, person.name, person)
             for name in options.supervisor:
-                person = self.find(friends, name)
-                if person and person not in self.supervisors:
-                    self.supervisors.append(person)
+                if name not in self.named:  # once: from then on it is the person, whatever others are called
+                    person = self.find(friends, name)
+                    if person:
+                        self.named[name] = person
+                        self.supervisors.append(person)
 
     def find(self, friends: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
         """Return the one friend called `name`, as `person` if given, or say why not. Needs the guard.
@@ -1380,7 +1413,6 @@ class People:
         The owner's remarks count before the nicknames, which their bearers choose.
         """
         shown = [f for f in friends if f.get('RemarkName') == name]
-        shown = shown or [f for f in friends if f.get('NickName') == name and not f.get('RemarkName')]
         shown = shown or [f for f in friends if f.get('NickName') == name]
         if len(shown) == 1:
             if person is not None and shown[0]['UserName'] not in self.known:
@@ -1510,15 +1542,26 @@ def train(nn_train: Callable, this_run: Run) -> None:
     try:
         nn_train(this_run.person.name, (this_run.learning_rate, this_run.training_iters, this_run.batch_size))
     except BaseException as error:  # sys.exit(), too
-        traceback.print_exc()
         with lock:
             this_run.error = error
-            if not this_run.busy:
-                this_run.tell('\n'.join(['训练结束以后，训练函数又出错了', *error_lines(error)]))
+        print_traceback()
     finally:
-        if this_run.busy:  # nn_train has not called lock_end
-            lock_end(this_run.person.name)
+        lock_end(this_run.person.name)
+        with lock:
+            close(this_run)
         gc.collect()  # a network refers to itself; its 60 MB would wait for days
+
+
+def close(this_run: Run) -> None:
+    """Tell how a run ended, and let the next one begin. Needs the lock."""
+    try:
+        this_run.tell(this_run.closing_report())
+        if len(this_run.history) > 1:
+            this_run.tell(this_run.curve())
+        if not this_run.stopped and this_run.error is None and options.then:
+            countdown.start(this_run)
+    finally:
+        this_run.busy = False
 
 
 def stop(asked: Optional[Asked] = None) -> str:
@@ -1640,7 +1683,7 @@ def chat_supervisor(nn_train: Callable) -> None:
             return
         name = visible(person.name)
         itchat.instance.log(f'{name}：{visible(msg["Text"].strip())}')
-        if people.permit(person):
+        if people.permit(person, is_old(msg)):
             with lock:  # the answer is queued before it is let go: no report of the run overtakes it
                 mail.put(person, answer(command, Asked(person, nn_train), msg))
         else:
@@ -1651,15 +1694,21 @@ def chat_supervisor(nn_train: Callable) -> None:
 def answer(command: Any, asked: Asked, msg: dict) -> Any:
     """Carry out a command that parse() found and return the answer. Needs the lock."""
     try:
-        written = msg.get('CreateTime', started)
-        if written < started and itchat.instance.server_time() - written > 600:
+        if is_old(msg):
             return f'“{msg["Text"].strip()[:20]}”太早了，是程序不在时写的，没有执行。还要就再发一次。'
         if isinstance(command, list):
             return set_values(command)
         return COMMANDS[command].function(asked)
     except Exception as error:  # itchat would swallow it, and the person wait for an answer
-        traceback.print_exc()
+        print_traceback()
         return f'程序出错：{type(error).__name__}: {first_line(error)}'
+
+
+def is_old(msg: dict) -> bool:
+    """Return whether a command was written while the program was down, more than ten minutes ago."""
+    now = itchat.instance.server_time()
+    written = msg.get('CreateTime', now)
+    return written < now - (time.time() - started) and now - written > 600
 
 
 started = time.time()  # of the program
@@ -1677,11 +1726,11 @@ class Countdown:
         self.cancelled = None  # the Event that calls off what is to be run; None when nothing is
         self.thread = None
 
-    def start(self, person: Person) -> None:
+    def start(self, this_run: Run) -> None:
         """Announce the command and let it run when nobody says 取消. Needs the lock."""
         self.cancelled = threading.Event()
-        run.tell(f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。')
-        self.thread = threading.Thread(target=self.count, args=(self.cancelled, run), daemon=True)
+        this_run.tell(f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。')
+        self.thread = threading.Thread(target=self.count, args=(self.cancelled, this_run), daemon=True)
         self.thread.start()
 
     def count(self, cancelled: threading.Event, this_run: Run) -> None:
@@ -1819,7 +1868,11 @@ class Mail:
         with self.changed:
             letter = outbox.letters[0]
         if callable(letter):
-            letter = letter()
+            try:
+                letter = letter()
+            except Exception as error:
+                print_traceback()
+                letter = f'图没有画成：{first_line(error)}'
             with self.changed:
                 outbox.letters[0] = letter
         with self.changed:
@@ -1891,6 +1944,7 @@ class Client(itchat.Core):
         self.exit_signal = None  # Ctrl-C, SIGTERM or SIGHUP, once it has come
         self.interruptible = False  # is the main thread waiting for something that a signal may cut off?
         self.folder_lock = None
+        self.process = os.getpid()
 
     def begin(self) -> None:
         """Begin the program, once; end it when another one is at work in this folder."""
@@ -1907,6 +1961,11 @@ class Client(itchat.Core):
 
     def leave(self, number, frame) -> None:
         """The first signal ends the program in order, the second at once."""
+        if os.getpid() != self.process:  # a worker of a DataLoader, say, which has inherited this
+            if number != signal.SIGINT:  # that goes to all of a terminal's; this batch is still to be done
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         if self.exit_signal is not None:
             os._exit(128 + number)
         self.exit_signal = number
@@ -1934,10 +1993,10 @@ class Client(itchat.Core):
                 countdown.cancel()
                 stop()
         wait_for_training()
-        countdown.wait()
         if self.exit_signal is not None:
             mail.wait(5 if mail.online else 0)
         else:
+            countdown.wait()
             mail.wait()
         write_undelivered(mail.undelivered(), '程序结束了')
         sys.exit(int(run.error is not None) if self.exit_signal is None else 128 + self.exit_signal)
@@ -1959,7 +2018,11 @@ def lock_folder() -> Any:
 
     The lock is the system's: it ends with the program, however that ends.
     """
-    f = open('.wechat_train.lock', 'a+', opener=functools.partial(os.open, mode=0o600))
+    try:
+        f = open('.wechat_train.lock', 'a+', opener=functools.partial(os.open, mode=0o600))
+    except OSError as error:
+        say(f'这个文件夹不能写（{error.strerror}）：检查点、登录状态都存不下来。')
+        return True
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1987,11 +2050,7 @@ class Terminal(Client):
     def run(self, *args, **kwargs) -> None:
         """Carry out what is typed, until the end of the input or a signal; end the program."""
         with contextlib.suppress(SystemExit):
-            while self.exit_signal is None:
-                with self.waiting():
-                    line = sys.stdin.readline()
-                if not line:
-                    break
+            for line in self.read_lines():
                 if not sys.stdin.isatty():
                     tqdm.write('> ' + line.rstrip())
                 self.receive(line)
@@ -1999,6 +2058,23 @@ class Terminal(Client):
                 wait_for_training()
                 countdown.wait()
         self.end()
+
+    def read_lines(self) -> Iterator:
+        """Yield what is typed.
+
+        Not by sys.stdin: a process that a DataLoader forks would wait for ever for the lock that it holds.
+        """
+        rest = b''
+        while self.exit_signal is None:
+            with self.waiting():
+                try:
+                    typed = os.read(sys.stdin.fileno(), 65536)
+                except (AttributeError, OSError):  # closed, or not to be read: the end of it
+                    typed = b''
+            *lines, rest = (rest + (typed or b'\n' * bool(rest))).split(b'\n')
+            yield from (line.decode(sys.stdin.encoding or 'utf-8', 'replace') + '\n' for line in lines)
+            if not typed:
+                return
 
     def receive(self, line: str) -> None:
         """Carry out a command; its answer stands under it."""
@@ -2044,10 +2120,10 @@ class Adapter(requests.adapters.HTTPAdapter):
             response = super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
         except requests.RequestException as error:
             trace(request, type(error).__name__)
-            raise
+            raise type(error)(f'no answer to {name}') from None  # its own text holds the session's secrets
         trace(request, response)
         if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
-            response.raise_for_status()
+            raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
         self.client.change_answer(name, response)
         return response
 
@@ -2158,6 +2234,8 @@ class WeChat(Client):
         self.s.mount('https://', Adapter(self))
         self.s.mount('http://', Adapter(self))
         self.logins = 0  # sessions so far
+        self.sync_ret = 0  # how the last fetch was answered
+        self.refusals = self.empty = 0  # fetches in a row that were refused, that brought nothing
         self.odd = 0  # looks in a row that the server answered with 1100, or not at all
         self.trouble = None  # what kept the server from answering get_msg()
         self.early = []  # messages that came with the login
@@ -2220,18 +2298,26 @@ class WeChat(Client):
             return self.refusal
         if not stored:
             self.keep_session()
-        self.welcome(new_names=not stored)
+        self.welcome(new_names=not stored or not self.logins)
         return ''
 
     def welcome(self, new_names: bool) -> None:
         """Begin the session: find the people, let the mail go out, say who has logged in."""
-        people.find_again(new_names)
+        if new_names:
+            people.find_again()
         mail.set_online(True)
         say(f'已登录：{visible(self.storageClass.nickName)}。请{self.hint}。')
         if not self.logins and resume_offer():
             say(resume_offer())
         self.logins += 1
-        self.callbacks.get('loginCallback', str)()
+        self.call_back('loginCallback')
+
+    def call_back(self, name: str) -> None:
+        """Call a person's own function, if there is one."""
+        try:
+            self.callbacks.get(name, str)()
+        except Exception:
+            print_traceback()
 
     def get_QRuuid(self) -> str:
         """Get the uuid for a QR code; raise where itchat would ask again every second for ever."""
@@ -2344,19 +2430,29 @@ class WeChat(Client):
             try:
                 query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
                 answer = self.ask(url, params=query).json()
-                friends = [
-                    friend for friend in answer['MemberList'] if not friend['UserName'].startswith('@@')
-                ]
-                update_local_friends(self, friends)
+                if answer['BaseResponse']['Ret'] != 0:
+                    raise requests.RequestException('refused')
+                self.note_contacts(answer['MemberList'])
                 seq = answer.get('Seq', 0)
                 if not seq:
                     return []
             except (requests.RequestException, LookupError, TypeError) as error:
-                if pause > 16:
+                if pause > 4:
                     raise requests.RequestException('no contacts') from error
                 say('好友名单没有取到，再试。')
                 time.sleep(pause)
                 pause *= 2
+
+    def note_contacts(self, contacts: list) -> None:
+        """Note new or changed entries of the contacts; groups are of no interest."""
+        for friend in contacts:
+            try:
+                if not friend['UserName'].startswith('@@'):
+                    names = {key: friend.get(key) or '' for key in ('NickName', 'RemarkName')}
+                    update_local_friends(self, [{'VerifyFlag': 0, **friend, **names}])
+                    people.rename([{**friend, **names}])
+            except Exception as error:  # of this entry
+                say(f'好友名单里有一项没有读成：{type(error).__name__}')
 
     # -- the stored session
 
@@ -2377,6 +2473,8 @@ class WeChat(Client):
             os.replace(new, path)
             os.rmdir(folder)
         except Exception as error:  # OSError, and itchat's Exception('Incorrect fileDir') for it
+            with contextlib.suppress(OSError):
+                os.remove(path)  # it would bring commands back that have been obeyed
             say(f'登录状态没有存下来，下次启动要重新扫码：{type(error).__name__} {path}')
 
     def load_login_status(self, fileDir: str, **callbacks) -> Any:
@@ -2386,7 +2484,13 @@ class WeChat(Client):
         """
         self.trouble = None
         set_damaged_session_aside(fileDir)
-        answer = super().load_login_status(fileDir, **callbacks)
+        try:
+            answer = super().load_login_status(fileDir, **callbacks)
+        except (LookupError, AttributeError, TypeError, ValueError):
+            set_aside(fileDir, '内容不对')
+            self.loginInfo = {}
+            self.s.cookies.clear()
+            return False
         if self.trouble is not None:
             raise self.trouble
         with self.waiting():  # a signal that itchat has swallowed
@@ -2396,9 +2500,12 @@ class WeChat(Client):
         """Fetch messages and changed contacts; (None, None) when the server refuses."""
         try:
             messages, contacts = super().get_msg()
-        except requests.RequestException as error:  # load_login_status() of itchat swallows it
-            self.trouble = error
+        except Exception as error:  # load_login_status() of itchat swallows it
+            self.trouble = requests.RequestException(f'no answer: {type(error).__name__}')
             raise
+        if messages is None and self.sync_ret not in (1, 1100, 1101, 1102):  # a passing one
+            self.trouble = requests.RequestException(f'Ret {self.sync_ret}')
+        self.refusals = self.refusals if messages is None else 0
         if self.alive or messages is None:
             return messages, contacts
         self.early = messages  # of load_login_status(), which would not look who has written them
@@ -2450,7 +2557,7 @@ class WeChat(Client):
                         mail.set_online(False)
                         say(f'微信断开了（{type(error).__name__}），训练不受影响；连上以后接着说。')
                     self.pause(failures)
-        self.callbacks.get('exitCallback', str)()
+        self.call_back('exitCallback')
         self.end()
 
     def pause(self, failures: int) -> None:
@@ -2479,16 +2586,25 @@ class WeChat(Client):
             with self.waiting():
                 if self.look():
                     messages, contacts = self.get_msg()
-            if messages is None:
-                raise SessionOver
-        if contacts:
-            update_local_friends(self, [c for c in contacts if not c['UserName'].startswith('@@')])
+                    if messages is None:
+                        self.check_refusal()
+                    self.empty = 0 if messages or contacts else self.empty + 1
+            if self.empty:  # it says that there is something, and there is nothing: for some selectors
+                self.pause(min(self.empty, 3))
+        self.note_contacts(contacts or [])
         for msg in messages:
             try:
                 self.take(msg)
             except Exception as error:  # of this message; those behind it must not suffer
                 if msg.get('MsgType') == 1:  # a text
                     say(f'一条消息没有读成：{type(error).__name__}')
+
+    def check_refusal(self) -> None:
+        """Raise SessionOver when a fetch was refused for good, RequestException when it may be tried."""
+        self.refusals += 1
+        if self.sync_ret in (1100, 1101, 1102) or self.refusals > 3:
+            raise SessionOver
+        raise requests.RequestException('refused')
 
     def look(self) -> bool:
         """Wait for news, half a minute at most; return whether there is something to fetch.
@@ -2570,6 +2686,8 @@ class WeChat(Client):
     def change_answer(self, name: str, response: Any) -> None:
         """Change an answer before itchat reads it; take the time from it."""
         with contextlib.suppress(KeyError, TypeError, ValueError):
+            if name == 'webwxsync':
+                self.sync_ret = response.json()['BaseResponse']['Ret']
             date = email.utils.parsedate_to_datetime(response.headers['Date'])
             self.clock = date.timestamp() - time.time()
 
@@ -2597,8 +2715,13 @@ def set_damaged_session_aside(path: str) -> None:
         except Exception as error:  # a damaged pickle can raise anything
             trouble = f'已损坏（{type(error).__name__}）'
     if trouble:
-        os.replace(path, path + '.bad')
-        say(f'{os.path.abspath(path)} {trouble}；改名为 {path}.bad，需要重新扫码。')
+        set_aside(path, trouble)
+
+
+def set_aside(path: str, trouble: str) -> None:
+    """Rename a stored session that is not to be used."""
+    os.replace(path, path + '.bad')
+    say(f'{os.path.abspath(path)} {trouble}；改名为 {path}.bad，需要重新扫码。')
 
 
 class FileHelper(WeChat):
@@ -2800,18 +2923,26 @@ class FileHelper(WeChat):
 
 
 def use_client(client: Client) -> None:
-    """Put a client in itchat's place: whoever imports itchat after utils, or before, has its functions.
-
-    This is the one spot where something of itchat is replaced: its module's functions are those of its
-    instance, so they are made those of ours.
-    """
+    """Let itchat's functions be those of `client`."""
     client.functionDict = itchat.instance.functionDict  # the handlers that were registered already
     itchat.instance = client
     itchat.instanceList[:] = [client]
-    for name, value in vars(itchat).items():
-        if isinstance(getattr(value, '__self__', None), itchat.Core):
-            setattr(itchat, name, getattr(client, name))
 
+
+def delegate(name: str) -> Callable:
+    """Return a function that does what the client's method `name` does, whichever client is in use."""
+
+    def function(*args, **kwargs):
+        return getattr(itchat.instance, name)(*args, **kwargs)
+
+    return function
+
+
+# This is the one spot where something of itchat is replaced: the functions of its module are its instance's
+# methods, and are made those of ours. Whoever imports itchat after utils has them.
+for name, value in list(vars(itchat).items()):
+    if isinstance(getattr(value, '__self__', None), itchat.Core):
+        setattr(itchat, name, delegate(name))
 
 run = Run()  # the run that is going on, or the last one
 people, mail, countdown = People(), Mail(), Countdown()
