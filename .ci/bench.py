@@ -73,9 +73,8 @@ def add_layers(net, nn):
 
 def bare(folder):
     """The tool's network and data without a word to anybody: a whole epoch, evaluated at its end."""
+    import utils  # before MXNet
     from mxnet import autograd, gluon
-
-    import utils
 
     utils.data_dir = folder
     train_data, test_data = utils.load_data_fashion_mnist(BATCH)

@@ -41,10 +41,10 @@ class Step(NamedTuple):
 
 
 STEPS = [
-    Step('lr 0.02, ti 4, bs 4', '批量 bs = 4'),
-    Step('开始', '第 1/4 轮'),
+    Step('lr 0.02, ti 5, bs 4', '批量 bs = 4'),
+    Step('开始', '第 1/5 轮'),
     Step('状态', '主机'),
-    Step('曲线', '(?=.*图片).*第 2/4 轮'),  # in either order
+    Step('曲线', '(?=.*图片).*第 2/5 轮'),  # in either order
     Step('停止', '训练已停止.*图片'),
     Step('继续', '训练完成.*图片'),
 ]
