@@ -973,7 +973,7 @@ def test_small_talk_is_no_command(text):
 @given(st.text())
 def test_any_text_is_parsed_without_an_error(text):
     command = utils.parse(text)
-    assert command is None or command in utils.COMMANDS or isinstance(command, list)
+    assert command is None or isinstance(command, (list, tuple)) or command in utils.COMMANDS
 
 
 WRITTEN = st.tuples(
@@ -3294,6 +3294,116 @@ def code_of(path):
         if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node):
             node.body = node.body[1:]
     return [line for line in ast.unparse(tree).splitlines() if line.strip()]
+
+
+# ---------------------------------------------------------------------------- tuning a run by phone
+
+TUNED = """
+    utils.lock_start()
+    for epoch, (acc, f1) in enumerate(zip((0.5, 0.6, 0.55, 0.6, 0.4, 0.5, 0.7), range(7)), 1):
+        if not utils.lock_start():
+            break
+        print('LR', utils.params()[0], flush=True)
+        for batch in utils.progress([0]):
+            utils.batch_loss(mx.nd.array([1 / epoch]))
+        if epoch in PAUSES:
+            input_there.wait()
+            input_there.clear()
+        utils.chat_inf(wechat_name, epoch, 1 / epoch, acc, [0], acc, f1=f1 / 10)
+    utils.lock_end(wechat_name)
+"""
+PAUSING = """
+import mxnet as mx
+PAUSES, input_there = {pauses}, threading.Event()
+
+@itchat.msg_register('Picture')
+def go_on(msg):
+    input_there.set()
+"""
+
+
+def test_reports_as_often_as_a_person_wants_them(wechat, tmp_path):
+    script = own_script(tmp_path, TUNED, head=PAUSING.format(pauses='{2}'))
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        wechat.ask('ti 7')
+
+        def epochs_of_a_run(middle=''):
+            so_far = len(wechat.heard())
+            wechat.ask('开始')
+            if middle:
+                wechat.ask(middle)
+            wechat.says('B', '', MsgType=3)
+            wechat.wait_text('训练完成', since=so_far)
+            wechat.wait_picture(since=so_far)
+            return [
+                int(k)
+                for t in wechat.heard('B', so_far)
+                if isinstance(t, str)
+                for k in re.findall(r'\A第 (\d)/7 轮', t)
+            ]
+
+        assert wechat.ask('报告 3') == '好，每 3 轮报告。'
+        assert epochs_of_a_run() == [3, 6]
+        assert '报告 1' in wechat.ask('报告 0')
+        assert epochs_of_a_run() == [1, 2, 7]  # the better ones
+        wechat.ask('report 1')
+        assert wechat.ask('安静').startswith('好，只说')
+        assert epochs_of_a_run('报告1') == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_run_without_a_better_epoch_ends_by_itself(wechat, tmp_path):
+    script = own_script(tmp_path, TUNED, head=PAUSING.format(pauses='set()'), main=WITH_OPTIONS)
+    with Program(tmp_path, '--then', 'echo x > then.txt', env=wechat.env(), script=script):
+        wechat.ready()
+        wechat.ask('ti 7')
+        assert '早停 0' in wechat.ask('早停 3')
+        wechat.ask('开始')
+        closing = wechat.wait_text('训练完成')
+        assert closing.startswith(
+            '训练完成：3 轮没有更好，早停了\n完成 5/7 轮\n最好的测试精度 0.600（第 2 轮）'
+        )
+        wechat.wait_text('秒后执行')  # it has ended by itself
+        assert wechat.ask('早停 0') == '好，不早停了。'
+        so_far = len(wechat.heard())
+        wechat.ask('开始')
+        assert '完成 7/7 轮' in wechat.wait_text('训练完成', since=so_far)
+
+
+def test_a_learning_rate_relative_to_the_one_now(wechat, tmp_path):
+    script = own_script(tmp_path, TUNED, head=PAUSING.format(pauses='{2}'))
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        assert wechat.ask('lr x0.5').startswith('lr：0.5 → 0.25\n学习率 lr = 0.25')
+        assert wechat.ask('LR × 0.1').startswith('lr：0.25 → 0.025\n')
+        assert wechat.ask('lr /2').startswith('lr：0.025 → 0.0125\n')
+        assert wechat.ask('lr *8, ti 7').startswith('lr：0.0125 → 0.1\n')
+        for bad in ('lr x0', 'lr /0', 'lr *', 'lr x-1', 'lr x1e9'):
+            assert '不行' in wechat.ask(bad) and 'lr = 0.1\n' in wechat.ask('参数')
+        wechat.ask('开始')
+        program.wait_output('LR 0.1', 2)
+        assert wechat.ask('lr ÷4').startswith('lr：0.1 → 0.025\nlr：从下一批起生效')
+        wechat.says('B', '', MsgType=3)
+        picture = wechat.wait_picture()
+        assert 'LR 0.025' in program.output() and 'LR 0.1\nLR 0.025' in re.sub(
+            '(?m)^(?!LR).*\n', '', program.output()
+        )
+        gray = (np.abs(picture[..., :3].astype(int) - 128).max(axis=2) < 60).sum(axis=0)
+        assert gray[100:700].max() > 300  # the dashed line where it changed
+
+
+def test_a_persons_own_numbers_stand_everywhere(wechat, tmp_path):
+    script = own_script(tmp_path, TUNED, head=PAUSING.format(pauses='set()'))
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        wechat.ask('ti 7')
+        wechat.ask('开始')
+        assert '测试精度 0.550\nf1 0.2\n用时' in wechat.wait_text('第 3/7 轮')
+        wechat.wait_text('训练完成')
+        wechat.wait_picture()
+        [log] = tmp_path.glob('runs/*/log.csv')
+        with open(log) as f:
+            assert [row['f1'] for row in csv.DictReader(f)] == [str(i / 10) for i in range(7)]
 
 
 # ----------------------------------------------------------------------------------- the command line

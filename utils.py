@@ -253,6 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
         help='把每个请求和回答记进 FILE，密钥、名字、文字都涂黑，可以附在问题报告里',
     )
     parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
+    parser.set_defaults(report_every=1, patience=0)  # set by 报告 and 早停
     return parser
 
 
@@ -691,23 +692,32 @@ def check_finite(loss: float) -> None:
         raise FloatingPointError(f'损失成了 {loss}')
 
 
-def chat_inf(wechat_name: str, epoch: int, train_loss, train_acc, train_data, test_acc) -> None:
+def chat_inf(
+    wechat_name: str, epoch: int, train_loss, train_acc, train_data, test_acc, **numbers: float
+) -> None:
     """Send the report after an epoch, which counts from 1, to who started the run and the supervisors.
 
     `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len(); numbers or
-    NDArrays of one element. After an epoch that 停止 cut short nothing is reported.
+    NDArrays of one element. After an epoch that 停止 cut short nothing is reported. Your own `numbers`, like
+    f1=0.83, stand in the report, in log.csv and in the curve.
     Raises FloatingPointError when the loss is not finite.
     """
+    global running
     loss, train_acc = float(train_loss) / len(train_data), float(train_acc) / len(train_data)
+    numbers = {name: float(value) for name, value in numbers.items()}
     with lock:
         if run.is_cut_short():
             return
         run.in_epoch = False
     check_finite(loss)
     with lock:
-        run.tell(run.finish_epoch(epoch, loss, train_acc, float(test_acc)))
-        rows = run.history[:]
-    run.write('log.csv', '日志', lambda path: write_log(path, rows))
+        report = run.finish_epoch(epoch, loss, train_acc, float(test_acc), numbers)
+        if run.is_due():
+            run.tell(report)
+        if run.has_no_patience_left():
+            running, run.early = False, options.patience
+        rows, extra = run.history[:], [dict(numbers) for numbers in run.numbers]
+    run.write('log.csv', '日志', lambda path: write_log(path, rows, extra))
 
 
 def load_checkpoint(net: Any, trainer: Any) -> tuple:
@@ -763,7 +773,7 @@ def lock_end(wechat_name: str) -> None:
     global running
     with lock:
         if not run.ended:
-            run.ended, run.stopped = True, not running
+            run.ended, run.stopped = True, not running and not run.early
         running = False
 
 
@@ -832,7 +842,10 @@ class Run:
         self.resumed = None  # what read_checkpoint() returned, if the run goes on with an earlier one
         self.loaded = False  # has nn_train called load_checkpoint() for it?
         self.unwritten = set()  # what could not be written, and the person was told so
+        self.early = 0  # the patience with which it ended by itself
         self.history = []  # a row for every epoch: see LOG
+        self.numbers = []  # beside it: what chat_inf() was given by name
+        self.marks = []  # pairs: epochs done, what happened there, for the curve
         self.losses = Losses()
         self.loader = self.loader_type = None  # refers to what the run trains with: see trains_with()
         self.epochs = 0  # done
@@ -852,6 +865,8 @@ class Run:
         self.learning_rate, self.training_iters, self.batch_size = state['params']
         self.seed, self.losses = state['seed'], state['losses']
         self.history = [tuple(row) for row in state['history']]
+        self.numbers = state.get('numbers', [{} for _ in self.history])
+        self.marks = state.get('marks', [])
         self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
         self.seconds_before, self.epochs_before = state['seconds'], self.epochs_done()
 
@@ -867,6 +882,8 @@ class Run:
             'batch': self.batch if self.in_epoch else 0,
             'batches': self.batches,
             'history': self.history[:],
+            'numbers': self.numbers[:],
+            'marks': self.marks[:],
             'losses': {'size': self.losses.size, 'rest': self.losses.rest, 'last': self.losses.last},
             'seconds': self.elapsed(),
             'params': (self.learning_rate, self.training_iters, self.batch_size),
@@ -917,7 +934,9 @@ class Run:
         """Return whether 停止 came in the middle of a pass over the training data."""
         return self.in_epoch and not running
 
-    def finish_epoch(self, epoch: int, loss: float, train_acc: float, test_acc: float) -> Report:
+    def finish_epoch(
+        self, epoch: int, loss: float, train_acc: float, test_acc: float, numbers: dict
+    ) -> Report:
         """Note that an epoch is done, and what came of it; return the report."""
         self.check_loaded()
         self.start_clock()
@@ -925,14 +944,27 @@ class Run:
         seconds = now - self.epoch_began
         epoch = int(epoch)
         self.history.append((epoch, loss, train_acc, test_acc, self.learning_rate, round(seconds, 3)))
+        self.numbers.append(numbers)
         self.epochs, self.batch = epoch, 0
         self.epoch_began = self.last_step = now
+        more = ''.join(f'{name} {value:.4g}\n' for name, value in numbers.items())
         text = Report(
             f'{data_note()}第 {epoch}/{self.length()} 轮\n损失 {loss:.4g}\n训练精度 {train_acc:.3f}\n'
-            f'测试精度 {test_acc:.3f}\n用时 {duration(seconds)}{self.time_left()}'
+            f'测试精度 {test_acc:.3f}\n{more}'
+            f'用时 {duration(seconds)}{self.time_left()}'
         )
         text.test_acc = test_acc
         return text
+
+    def is_due(self) -> bool:
+        """Return whether 报告 asks for the epoch that has just ended; with 报告 0, for a new best one."""
+        every = options.report_every
+        return self.epochs % every == 0 if every else self.best() is self.history[-1]
+
+    def has_no_patience_left(self) -> bool:
+        """Return whether 早停 ends the run: so many epochs have passed without a better one."""
+        since = self.epochs - max(self.best()[0], self.resumed['epochs'] if self.resumed else 0)
+        return running and 0 < options.patience <= since and self.epochs < self.length()
 
     # -- how far it has come
 
@@ -1016,6 +1048,8 @@ class Run:
             lines += [f'可以试试 lr {self.learning_rate / 10:g}，再发“{again}”']
         elif error is not None:
             lines = [f'训练出错，已结束（主机 {socket.gethostname()}）', *error_lines(error), self.how_far()]
+        if self.early and error is None:
+            lines[0] = f'训练完成：{self.early} 轮没有更好，早停了'
         if self.history:
             lines.append(self.best_line())
         kept = self.checkpoint and os.path.exists(self.checkpoint)
@@ -1028,7 +1062,10 @@ class Run:
 
         The mail's thread calls it, without the lock: drawing takes a second.
         """
-        draw = functools.partial(draw_curve, self.history[:], self.losses.points[:])
+        extra = [dict(numbers) for numbers in self.numbers]
+        draw = functools.partial(
+            draw_curve, self.history[:], self.losses.points[:], marks=self.marks[:], numbers=extra
+        )
 
         def picture():
             path = self.write('curve.png', '曲线图', draw)
@@ -1141,15 +1178,19 @@ def duration(seconds: float) -> str:
     return f'{minutes} 分 {seconds} 秒' if minutes else f'{seconds} 秒'
 
 
-def draw_curve(history: list, losses: list, path: str) -> None:
-    """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone."""
+def draw_curve(history: list, losses: list, path: str, marks: Iterable = (), numbers: Iterable = ()) -> None:
+    """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone.
+
+    `marks` are dashed lines with a word, `numbers` a person's own, one dict for each row of `history`.
+    """
     from matplotlib.figure import Figure  # takes half a second, so not before it is needed
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5, 6.5), dpi=160, layout='constrained')
     title = f'test acc {history[-1][3]:.3f} after {history[-1][0]} epochs' if history else 'first epoch'
     figure.suptitle('drawn images, not Fashion-MNIST' if data_source() is DEMO else title)
-    above, below = figure.subplots(2, sharex=True)
+    own = sorted({name for row in numbers for name in row})
+    above, below, *others = figure.subplots(2 + bool(own), sharex=True)
     if losses:
         above.plot(*zip(*losses), color='tab:blue', alpha=0.4, linewidth=0.8, label='loss of each batch')
     if history:
@@ -1167,8 +1208,24 @@ def draw_curve(history: list, losses: list, path: str) -> None:
         above.set_ylim(1.2 * low, 1.2 * high or 1)
     below.set(ylabel='accuracy', ylim=(0, 1), xlabel='epoch', xlim=(0, None))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (above, below):
+    for name in own:
+        points = [(row[0], values[name]) for row, values in zip(history, numbers) if name in values]
+        others[0].plot(*zip(*points), 'o-', label=name)
+        others[0].legend(fontsize=12)
+    for axes in (above, below, *others):
         axes.grid(alpha=0.3)
+        for epochs, _ in marks:
+            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8)
+    for epochs, word in marks:
+        above.annotate(
+            word,
+            (epochs, 1),
+            xycoords=('data', 'axes fraction'),
+            rotation=90,
+            va='top',
+            ha='right',
+            color='gray',
+        )
     figure.savefig(path, format='png')
 
 
@@ -1181,10 +1238,15 @@ RUNS = 'runs'
 NEW = '.new'  # behind the name of what is being written
 
 
-def write_log(path: str, rows: list) -> None:
-    """Write the epochs as CSV."""
+def write_log(path: str, rows: list, numbers: list) -> None:
+    """Write the epochs as CSV, with a person's own numbers behind."""
+    own = sorted({name for row in numbers for name in row})
     with open(path, 'w', newline='') as f:
-        csv.writer(f).writerows([LOG, *rows])
+        writer = csv.writer(f)
+        writer.writerow([*LOG, *own])
+        writer.writerows(
+            [*row, *(values.get(name, '') for name in own)] for row, values in zip(rows, numbers)
+        )
 
 
 def write_whole(path: str, write: Callable) -> None:
@@ -1436,8 +1498,8 @@ LIMITS = {  # type, smallest, largest, what to write in Chinese
 
 
 def parse(text: str) -> Any:
-    """Return the command in a chat text: a word of COMMANDS, or a list of (name, value) to set, both strings;
-    None when it is no command.
+    """Return the command in a chat text: a word of COMMANDS, or it and its number, or a list of (name, value)
+    to set, both strings; None when it is no command.
 
     >>> parse('LR＝０.１，ti 5')
     [('learning_rate', '0.1'), ('training_iters', '5')]
@@ -1446,9 +1508,15 @@ def parse(text: str) -> Any:
         return None
     text = unicodedata.normalize('NFKC', text).lower()  # NFKC: full-width to ASCII
     text = text.replace('\ufeff', '').strip().rstrip('。.!')
+    counted = re.fullmatch(r'(\D+?)[\s=:]*(\d{1,6})', text)
     for word, command in COMMANDS.items():
-        if text in (word, command.chinese):
+        if command.number and counted and counted[1] in (word, command.chinese):
+            return word, int(counted[2])
+        if not command.number and text in (word, command.chinese):
             return word
+    text = re.sub(r'\b(lr|learning_rate)[\s=:]*([x*/×÷])\s*', r'\1 \2', text).translate(
+        str.maketrans('×÷', 'x/')
+    )
     parts = re.split(r'[\s=:,;、]+', text)
     names = [NAMES.get(name, name) for name in parts[::2]]
     values = parts[1::2]
@@ -1457,12 +1525,20 @@ def parse(text: str) -> Any:
     return None
 
 
-def read_value(name: str, text: str) -> Any:
-    """Return the number that `text` writes for the parameter `name`; ValueError says what is allowed."""
+def read_value(name: str, text: str, now: float = 0) -> Any:
+    """Return the number that `text` writes for the parameter `name`; ValueError says what is allowed.
+
+    A learning rate may be relative to the one `now`: x0.5, *0.5, /2.
+    """
     kind, smallest, largest, allowed = LIMITS[name]
     number = r'[+-]?\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
-    if re.fullmatch(number, text) and smallest <= kind(text) <= largest:
-        return kind(text)
+    sign, rest = (text[:1], text[1:]) if kind is float and text[:1] in ('x', '*', '/') else ('', text)
+    if re.fullmatch(number, rest):
+        value = kind(rest)
+        if sign:
+            value = float(f'{now / (value or math.inf) if sign == "/" else now * value:.6g}')
+        if smallest <= value <= largest:
+            return value
     raise ValueError(f'{text[:20]} 不行：{allowed}')
 
 
@@ -1471,6 +1547,7 @@ class Asked(NamedTuple):
 
     person: Person
     nn_train: Callable
+    number: int = 0  # behind the word
 
 
 def start(asked: Asked) -> str:
@@ -1596,6 +1673,22 @@ def cancel(asked: Asked) -> str:
     return '好，不执行了。' if countdown.cancel() else '没有要取消的。'
 
 
+def set_report(asked: Asked) -> str:
+    """Report every so many epochs; with 0, only a new best one, the end and trouble."""
+    options.report_every = asked.number
+    if not asked.number:
+        return '好，只说更好的一轮、结束和麻烦。要每轮都说，发“报告 1”。'
+    return f'好，{"每轮都" if asked.number == 1 else f"每 {asked.number} 轮"}报告。'
+
+
+def set_patience(asked: Asked) -> str:
+    """Let a run end by itself after so many epochs without a better test accuracy; with 0, not."""
+    options.patience = asked.number
+    if not asked.number:
+        return '好，不早停了。'
+    return f'好，测试精度 {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
+
+
 def show_help(asked: Asked) -> str:
     """List the commands."""
     return HELP
@@ -1607,6 +1700,7 @@ class Command(NamedTuple):
     chinese: str
     function: Callable
     help: str
+    number: str = ''  # with a number behind the word; the help's example
 
 
 COMMANDS = {
@@ -1616,12 +1710,15 @@ COMMANDS = {
     'status': Command('状态', status, '现在到哪了'),
     'plot': Command('曲线', plot, '损失和精度的图'),
     'params': Command('参数', show_params, '看 lr、ti、bs 三个值'),
+    'report': Command('报告', set_report, '几轮报告一次，0 只说要紧的', ' 5'),
+    'quiet': Command('安静', set_report, '就是报告 0'),
+    'patience': Command('早停', set_patience, '几轮没有更好就结束，0 不早停', ' 5'),
     'cancel': Command('取消', cancel, '不执行训练后的命令'),
     'help': Command('帮助', show_help, ''),
 }
 HELP = '\n'.join(
-    [f'{command.chinese}：{command.help}' for command in COMMANDS.values() if command.help]
-    + ['lr 0.1：学习率', 'ti 5：训练几轮', 'bs 128：每批几张']
+    [f'{c.chinese}{c.number}：{c.help}' for c in COMMANDS.values() if c.help]
+    + ['lr 0.1：学习率，也可以 lr x0.5、lr /2', 'ti 5：训练几轮', 'bs 128：每批几张']
 )
 
 chosen = set()  # which of the three values a person has set: 继续 takes the others from the checkpoint
@@ -1632,8 +1729,11 @@ def set_values(pairs: list) -> str:
     answer = []
     for name, text in pairs:
         try:
-            set_value(name, read_value(name, text))
+            old = learning_rate
+            set_value(name, read_value(name, text, old))
             chosen.add(name)
+            if text[0] in 'x*/':
+                answer.append(f'lr：{old:g} → {learning_rate:g}')
             if running:
                 answer.append(f'{text_of(name)}：{apply_to_run(name)}')
         except ValueError as error:
@@ -1658,6 +1758,7 @@ def apply_to_run(name: str) -> str:
         return '下次开始时生效'
     if name == 'learning_rate':
         run.learning_rate = learning_rate
+        run.marks.append((run.epochs_done(), f'lr {learning_rate:g}'))
         return '从下一批起生效'
     run.training_iters = training_iters
     return f'这次训练到第 {run.length()} 轮为止'
@@ -1698,6 +1799,9 @@ def answer(command: Any, asked: Asked, msg: dict) -> Any:
             return f'“{msg["Text"].strip()[:20]}”太早了，是程序不在时写的，没有执行。还要就再发一次。'
         if isinstance(command, list):
             return set_values(command)
+        if isinstance(command, tuple):
+            word, number = command
+            return COMMANDS[word].function(asked._replace(number=number))
         return COMMANDS[command].function(asked)
     except Exception as error:  # itchat would swallow it, and the person wait for an answer
         print_traceback()
