@@ -1183,7 +1183,10 @@ def test_a_long_run_from_the_phone(wechat, images, tmp_path):
         program.process.kill()
 
     [folder] = (tmp_path / 'runs').iterdir()
-    assert {path.name for path in folder.iterdir()} == {'last.zip', 'best.params', 'log.csv', 'curve.png'}
+    assert {path.name for path in folder.iterdir()} == {
+        *('last.zip', 'best.zip', 'best.params'),
+        *('log.csv', 'curve.png', 'end.json'),
+    }
     with open(folder / 'log.csv') as f:
         rows = list(csv.DictReader(f))
     assert [row['epoch'] for row in rows] == [str(i + 1) for i in range(int(where[1]))]
@@ -2152,6 +2155,108 @@ def test_a_trace_holds_no_secret(server, tmp_path):
     assert phone.faults == []
 
 
+@pytest.mark.parametrize('server', [WeChat, FileHelper])
+@pytest.mark.parametrize('how', ['hotReload=True', ''])
+def test_a_log_out_that_is_none_and_one_that_is(server, tmp_path, how):
+    """While the fetch is answered the session goes on, in peace; afterwards people are found again."""
+    phone = server(str(tmp_path))
+    options, who = (['--filehelper'], 'filehelper') if server is FileHelper else ([], 'B')
+    script = own_script(tmp_path, 'utils.lock_start()', WITH_OPTIONS.replace('hotReload=True', how))
+    with Program(tmp_path, *options, env=phone.env(), script=script) as program:
+        phone.ready()
+        usual, so_far = phone.on_synccheck, len(phone.requests)
+        phone.on_synccheck = lambda query: 'window.synccheck={retcode:"1101",selector:"0"}'
+        assert 'lr = 0.1' in phone.ask('lr 0.1') and 'lr = 0.2' in phone.ask('lr 0.2')
+        assert len(phone.requests) - so_far < 50 and phone.logins == 1
+        phone.on_synccheck = usual
+        with phone.changed:
+            phone.logged_out = True
+            phone.changed.notify_all()
+        phone.wait(lambda: phone.receiving == 2)
+        so_far = len(phone.heard(who))
+        assert 'lr = 0.3' in phone.ask('lr 0.3') and len(phone.heard(who)) == so_far + 1
+        assert 'Traceback' not in program.output()
+    phone.shutdown()
+    assert phone.faults == []
+
+
+@pytest.mark.parametrize('fault', [1, 'list'])
+def test_a_picture_that_is_refused_for_good_becomes_a_text(wechat, tmp_path, fault):
+    script = own_script(tmp_path, 'utils.lock_start(); utils.chat_inf(wechat_name, 1, 1, 1, [0], 1)')
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        wechat.ask('开始')
+        wechat.wait_text('训练完成')
+        wechat.breaking = lambda name: fault if name == 'webwxuploadmedia' else None
+        wechat.says('B', '曲线')
+        wechat.says('B', 'lr 0.1')
+        told = wechat.wait_text('图片没有传上去，在 runs/')
+        assert 'lr = 0.1' in told or wechat.wait_text('lr = 0.1')
+
+
+@pytest.mark.parametrize('user', [{'UserName': '', 'NickName': ''}, None])
+def test_an_init_that_is_refused_with_a_skeleton(helper, tmp_path, user):
+    usual, refused = helper.on_webwxinit, []
+
+    def init(request):
+        if refused:
+            return usual(request)
+        refused.append(1)
+        skeleton = {'User': user, 'SyncKey': {'Count': 0, 'List': []}, 'BaseResponse': {'Ret': 1100}}
+        return {key: value for key, value in skeleton.items() if value is not None}
+
+    helper.on_webwxinit = init
+    with Program(tmp_path, '--filehelper', env=helper.env()):
+        helper.ready()
+        assert helper.host == 'filehelper.weixin.qq.com' and 'lr = 0.1' in helper.ask('lr 0.1')
+
+
+@pytest.mark.parametrize('option', [None, '--logout'])
+def test_a_stored_session_that_is_refused_gives_way(wechat, tmp_path, option):
+    with Program(tmp_path, env=wechat.env()):
+        wechat.ready()
+        wechat.wait(lambda: os.path.exists(tmp_path / 'itchat.pkl'))
+    codes = [1203]
+    wechat.breaking = lambda name: codes.pop() if name == 'webwxsync' and codes else None
+    with Program(tmp_path, *filter(None, [option]), env=wechat.env()) as program:
+        if option:
+            assert program.process.wait(DEADLINE) == 0 and '早已结束' in program.output()
+            assert not (tmp_path / 'itchat.pkl').exists()
+        else:
+            wechat.wait(lambda: wechat.receiving == 2)
+
+
+def test_logout_claims_only_what_it_did(wechat, tmp_path):
+    with Program(tmp_path, env=wechat.env()):
+        wechat.ready()
+        wechat.wait(lambda: os.path.exists(tmp_path / 'itchat.pkl'))
+    (tmp_path / 'itchat.pkl').chmod(0o644)
+    with Program(tmp_path, '--logout', env=wechat.env()) as program:
+        assert program.process.wait(DEADLINE) == 1
+        assert '请在手机上退出' in program.output() and '删掉了' not in program.output()
+
+
+@pytest.mark.parametrize(
+    'body',
+    [
+        '<error><skey><![CDATA[SECRET]]></skey></error>',
+        "window.code=201;window.userAvatar = 'data:SECRET';",
+        '<meta content="x=SECRET"><!-- SECRET -->',
+        'window.x=SECRET;',
+        'wxsid=SECRET&uin=1',
+        '{"Type":"SECRET"}',
+        '"SECRET"',
+        '["SECRET"]',
+        '--x; name="sid"\r\n\r\nSECRET',
+        'SECRET',
+        '<SECRET',
+        'window.code=200; "0","SECRET"',
+    ],
+)
+def test_what_a_trace_shows_of_a_body(body):
+    assert 'SECRET' not in str(utils.black_out_body(body)) or body == '<SECRET'
+
+
 # ------------------------------------------------------------------------- whatever people write
 
 NUMBERS = st.one_of(
@@ -2358,10 +2463,10 @@ def test_what_strangers_write_cannot_steer_the_terminal(wechat, tmp_path):
 
 
 def test_an_old_command_is_not_obeyed_after_a_start(wechat, tmp_path):
-    with Program(tmp_path, env=wechat.env()):
+    with Program(tmp_path, env=wechat.env()) as program:
         wechat.ready()
-        wechat.wait(lambda: os.path.exists(tmp_path / 'itchat.pkl'))
-        wechat.wait(lambda: wechat.seen == len(wechat.messages))
+        program.process.send_signal(signal.SIGTERM)  # in order: what has been read is kept
+        assert program.process.wait(DEADLINE) == 143
     wechat.receiving = 0
     so_far = len(wechat.heard())
     wechat.says('A', 'lr 0.9', CreateTime=int(time.time()) - 900)
@@ -2427,7 +2532,10 @@ def test_a_full_disk_under_the_output_ends_nothing(wechat, images, tmp_path):
 @pytest.mark.parametrize('ignored', [True, False])
 def test_a_terminal_that_goes_away(wechat, images, tmp_path, ignored):
     """With nohup the program goes on, without it a closed ssh ends it as SIGTERM does."""
-    master, slave = os.openpty()
+    try:
+        master, slave = os.openpty()
+    except OSError:
+        pytest.skip('this system has no terminals')
     script = os.path.join(HERE, 'wechat_train.py')
     env = {**os.environ, **wechat.env(), 'OMP_NUM_THREADS': '1'}
 
@@ -2584,7 +2692,8 @@ def test_the_first_signal_counts_while_a_login_waits(wechat, tmp_path, number, n
         assert hangs.wait(DEADLINE)
         program.process.send_signal(number)
         assert program.process.wait(DEADLINE / 4) == 128 + number
-        assert 'Traceback' not in program.output()
+        # Python 3.14 tells of an answer that urllib3 had not begun to read.
+        assert 'Traceback' not in program.output() or 'Exception ignored' in program.output()
     wechat.healed.set()
 
 
@@ -2938,7 +3047,7 @@ def test_as_many_images_as_labels(images, tmp_path):
 def test_negative_losses_fit_into_the_curve(tmp_path):
     path = str(tmp_path / 'curve.png')
     losses = [(i / 10, -3 - i / 100) for i in range(20)]
-    utils.draw_curve([(1, -3.05, 0.5, 0.5), (2, -3.1, 0.6, 0.6)], losses, path)
+    utils.draw_curve(path, [(1, -3.05, 0.5, 0.5), (2, -3.1, 0.6, 0.6)], losses)
     blue = np.asarray(Image.open(path).convert('RGB')).astype(int)[:520]
     assert ((blue[..., 2] - blue[..., 0]) > 80).sum() > 500  # the line is inside
 
@@ -3406,6 +3515,146 @@ def test_a_persons_own_numbers_stand_everywhere(wechat, tmp_path):
             assert [row['f1'] for row in csv.DictReader(f)] == [str(i / 10) for i in range(7)]
 
 
+BACK = """
+    from mxnet import gluon, nd
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': params[0]})
+    epoch, loss, acc = utils.load_checkpoint(net, trainer)
+    print('WEIGHT', net.weight.data().asscalar(), flush=True)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for batch in utils.progress(range(5)):
+            net.weight.set_data(nd.array([[float(epoch)]]))
+            if epoch == HANG:
+                released.wait()
+        value = float('nan') if epoch == NAN else 1
+        utils.chat_inf(wechat_name, epoch, value, 1, [0], 0.9 if epoch == 2 else 0.5)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, 0, 0)
+    utils.lock_end(wechat_name)
+"""
+RELEASING = """
+HANG, NAN, released = {hang}, {nan}, threading.Event()
+
+@itchat.msg_register('Picture')
+def go_on(msg):
+    released.set()
+"""
+
+
+@pytest.mark.parametrize('busy', [True, False])
+def test_back_to_the_best_epoch(wechat, tmp_path, busy):
+    script = own_script(
+        tmp_path, BACK, head=RELEASING.format(hang=4 if busy else None, nan=None if busy else 4)
+    )
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        assert wechat.ask('回退').startswith('没有可以回去的检查点')
+        wechat.ask('ti 6')
+        wechat.ask('开始')
+        if busy:
+            wechat.wait_text('第 3/6 轮')
+            so_far = len(wechat.heard())
+            wechat.says('B', '回退')
+            wechat.wait_text('停下以后回到最好的一轮', since=so_far)
+            wechat.says('B', '', MsgType=3)
+            told = wechat.wait_text('回到了', since=so_far)
+        else:
+            assert '也可以先发“回退”，回到最好的第 2 轮' in wechat.wait_text('训练停下了')
+            told = wechat.ask('回退')
+        assert told == '回到了第 2 轮（测试精度 0.900），发“继续”从那里接着训练。'
+        answer = wechat.ask('继续')
+        assert answer.startswith('继续训练\n完成 2/6 轮\n')
+        program.wait_output('WEIGHT [[2.]]')
+        [folder] = tmp_path.glob('runs/*')
+        assert utils.read_checkpoint(str(folder / 'best.zip'))['epochs'] == 2
+        if not busy:
+            return
+        assert '完成 6/6 轮' in wechat.wait_text('训练完成')
+        state = utils.read_checkpoint(str(folder / 'last.zip'))
+        assert [row[0] for row in state['history']] == [1, 2, 3, 4, 5, 6] and state['marks'] == [
+            [2, 'back here']
+        ]
+
+
+def test_the_runs_so_far_in_a_list_and_their_curves(wechat, tmp_path):
+    (tmp_path / 'runs' / '20200101-000000').mkdir(parents=True)  # of an earlier version, without a checkpoint
+    (tmp_path / 'runs' / '20200101-000000' / 'log.csv').write_text(
+        'epoch,loss,train_acc,test_acc,learning_rate,seconds\n1,2.0,0.3,0.4,0.5,1\n2,1.0,0.6,0.95,0.5,1\n'
+    )
+    script = own_script(tmp_path, BACK, head=RELEASING.format(hang=None, nan=3))
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        for values, end in (('lr 0.1 ti 1', '训练完成'), ('lr 0.2 ti 3', '训练停下了')):
+            wechat.ask(values)
+            so_far = len(wechat.heard())
+            wechat.ask('开始')
+            wechat.wait_text(end, since=so_far)
+        lines = wechat.ask('记录').split('\n')
+        assert re.fullmatch(r'1\. \d\d-\d\d \d\d:\d\d lr 0\.2 bs 256，2 轮，0\.900，NaN', lines[0])
+        assert re.fullmatch(r'2\. .* lr 0\.1 bs 256，1 轮，0\.500，完成', lines[1])
+        assert re.fullmatch(r'3\. .* lr 0\.5，2 轮，0\.950，中断 ★', lines[2]) and '曲线 2' in lines[3]
+        so_far = len(wechat.heard())
+        wechat.says('B', '曲线 3')
+        assert wechat.wait_picture(since=so_far).shape[:2] == (1040, 800)
+        assert (tmp_path / 'runs' / '20200101-000000' / 'curve.png').exists()
+        assert wechat.ask('plot 9') == '记录里只有 3 次训练。'
+
+
+def test_what_the_network_gets_wrong_is_shown(wechat, images, tmp_path):
+    with Program(tmp_path, '--data', images, env=wechat.env()):
+        wechat.ready()
+        assert '还没有错图' in wechat.ask('错图')
+        wechat.ask('ti 1 lr 0.1 bs 100')
+        wechat.ask('开始')
+        wechat.wait_text('训练完成')
+        so_far = len(wechat.heard())
+        wechat.says('B', 'mistakes')
+        picture = wechat.wait_picture(since=so_far)
+        assert picture.shape[:2] == (992, 800)
+        assert (picture[..., :3].reshape(-1, 3).max(axis=1) < 100).mean() > 0.2  # sixteen dark images
+
+
+def test_the_mistakes_are_the_surest_ones():
+    rng = np.random.RandomState(0)
+    outputs, labels = rng.randn(500, 10).astype(np.float32) * 3, rng.randint(10, size=500)
+    order = nd.arange(500)
+    data = gluon.data.DataLoader(gluon.data.ArrayDataset(order, nd.array(labels)), 64)
+    got = utils.evaluate_accuracy(data, lambda batch: nd.array(outputs[batch.asnumpy().astype(int)]))
+    said = outputs.argmax(axis=1)
+    assert got == pytest.approx((said == labels).mean())
+    sure = np.exp(outputs).max(axis=1) / np.exp(outputs).sum(axis=1)
+    wrong = sorted(np.flatnonzero(said != labels), key=lambda i: -sure[i])[:16]
+    assert [(int(example), true, word) for _, example, true, word in utils.run.mistakes] == [
+        (i, labels[i], said[i]) for i in wrong
+    ]
+    assert [p for p, *_ in utils.run.mistakes] == pytest.approx(sure[wrong])
+
+
+def test_silence_is_told_and_its_end(wechat, tmp_path):
+    script = own_script(
+        tmp_path, BACK, head=RELEASING.format(hang=2, nan=None) + 'utils.options.silence = 0.5'
+    )
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        wechat.ask('ti 3')
+        wechat.ask('开始')
+        assert re.match(
+            r'已经 .* 秒没有算完一批，停在第 2 轮第 1/5 批（主机 ', wechat.wait_text('没有算完一批')
+        )
+        assert '训练中' in wechat.ask('状态')
+        wechat.says('B', '', MsgType=3)
+        wechat.wait_text('训练完成')
+        assert sum('没有算完一批' in t for t in wechat.heard() if isinstance(t, str)) == 1
+
+
+def test_runs_that_take_much_room_are_told(tmp_path):
+    (tmp_path / 'runs').mkdir()
+    with open(tmp_path / 'runs' / 'large', 'wb') as f:
+        f.truncate(10**9 + 1)  # takes none on the disk
+    with Program(tmp_path, '--console') as program:
+        assert 'runs/ 有 1.0 GB' in program.types('')[1]
+
+
 # ----------------------------------------------------------------------------------- the command line
 
 
@@ -3495,8 +3744,8 @@ def test_the_requirements_are_complete():
                 continue
             there = canonical(needs.name) in pinned and metadata.version(needs.name)
             if not there or not needs.specifier.contains(there, prereleases=True):
-                missing.append((name, text))
-    assert missing == ([] if sys.version_info < (3, 13) else [('mxnet', 'numpy<2.0.0,>1.16.0')])
+                missing.append((name, needs.name))
+    assert missing == ([] if sys.version_info < (3, 13) else [('mxnet', 'numpy')])
 
 
 def canonical(name):

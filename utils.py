@@ -177,7 +177,7 @@ PACKAGES = {'libgomp': 'libgomp1', 'libquadmath': 'libquadmath0'}  # of Debian a
 
 def explain_missing_library(error: OSError) -> str:
     """Return in one line which shared library MXNet lacks and which package brings it."""
-    library = re.match(r'(lib[\w+-]+)\.so\S*', str(error))
+    library = re.match(r'(lib[\w+-]+)\.so[\w.]*', str(error))
     if not library:
         return f'MXNet 装不进来：{error}'
     if library[1] in PACKAGES:
@@ -254,6 +254,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
     parser.set_defaults(report_every=1, patience=0)  # set by 报告 and 早停
+    parser.set_defaults(silence=300)  # seconds without a batch that are told
     return parser
 
 
@@ -271,6 +272,11 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     parser.parse_args(argv, namespace=options)
     if not all(name.strip() for name in options.supervisor):
         parser.error('--supervisor：名字是空的')
+    if options.trace:
+        try:
+            open(options.trace, 'a', opener=functools.partial(os.open, mode=0o600)).close()
+        except OSError as error:
+            parser.error(f'--trace：{error}')
     if options.data:
         try:
             find_files(options.data)
@@ -479,14 +485,42 @@ def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
 
 def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Context] = None) -> float:
     """Return the share of all examples of `data_iterator` that `net` classifies correctly."""
-    correct = total = 0
+    correct, total, mistakes = 0, 0, Mistakes()
+    tests = not getattr(data_iterator, 'training', False)
     if isinstance(data_iterator, Batches):  # the training data, too: this is no pass that trains
         data_iterator = data_iterator.read(max(data_iterator.epoch, 1))
     for data, label in data_iterator:
-        output = net(data.as_in_context(ctx or try_gpu()))
-        correct += (output.argmax(axis=1) == label.as_in_context(output.context)).sum().asscalar()
+        output, label = net(data.as_in_context(ctx or try_gpu())).asnumpy(), label.asnumpy().ravel()
+        said = output.argmax(axis=1)
+        wrong = np.flatnonzero(said != label)
+        correct += len(label) - len(wrong)
         total += len(label)
+        if tests and len(wrong):
+            mistakes.add(data, output[wrong], label, said, wrong)
+    if tests:
+        with lock:
+            run.mistakes = mistakes.kept
     return correct / total
+
+
+class Mistakes:
+    """The examples that a network gets wrong although it is most sure. Used by the training thread alone."""
+
+    ROOM = 16
+
+    def __init__(self):
+        self.kept = []  # (how sure: 0 to 1, the example, its label, what the network says), the surest first
+
+    def add(self, data: nd.NDArray, outputs: np.ndarray, label: np.ndarray, said: np.ndarray, wrong: Any):
+        """Note those of a batch: `outputs` (n, classes), before softmax, of the n examples at `wrong`."""
+        sure = 1 / np.exp(outputs - outputs.max(axis=1, keepdims=True)).sum(axis=1)  # softmax of the largest
+        least = self.kept[-1][0] if len(self.kept) == self.ROOM else 0
+        best = [i for i in np.argsort(-sure)[: self.ROOM] if sure[i] > least]
+        if best:
+            examples = data.asnumpy()
+            new = [(float(sure[i]), wrong[i]) for i in best]
+            self.kept += [(p, examples[j].copy(), int(label[j]), int(said[j])) for p, j in new]
+            self.kept = sorted(self.kept, key=lambda mistake: -mistake[0])[: self.ROOM]
 
 
 # ---------------------------------------------------------- its speed: convolution in blocks of 16
@@ -760,6 +794,8 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss, train_acc) -
     if is_best:
         run.write('best.params', '最好的网络', net.save_parameters)
     path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, net, trainer, state, losses))
+    if path and is_best:
+        run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
     with lock:
         run.checkpoint = path or run.checkpoint
     return here
@@ -845,6 +881,9 @@ class Run:
         self.early = 0  # the patience with which it ended by itself
         self.history = []  # a row for every epoch: see LOG
         self.numbers = []  # beside it: what chat_inf() was given by name
+        self.mistakes = []  # of the last evaluation: see Mistakes
+        self.rolling_back = False  # is the next 继续 to go on from the best epoch?
+        self.silent = False  # has it been told that no batch gets done?
         self.marks = []  # pairs: epochs done, what happened there, for the curve
         self.losses = Losses()
         self.loader = self.loader_type = None  # refers to what the run trains with: see trains_with()
@@ -1038,6 +1077,25 @@ class Run:
         """Return the three values that the run trains with, in words."""
         return values_text(self.learning_rate, self.training_iters, self.batch_size)
 
+    def ending(self) -> str:
+        """Return in two words how the run ended."""
+        if self.error is not None:
+            return 'NaN' if isinstance(self.error, FloatingPointError) else '出错'
+        return '停止' if self.stopped else '早停' if self.early else '完成'
+
+    def told_silence(self) -> str:
+        """Return what to say when no batch was done for long, or one at last; '' when there is nothing."""
+        silence = time.monotonic() - self.last_step
+        usual = (self.last_step - self.epoch_began) / max(self.batch - self.epoch_from, 1)
+        if self.silent and silence < 10 * usual + 1:
+            self.silent = False
+            return f'又接着算了：{self.how_far()}'
+        if not self.silent and running and self.in_epoch and silence > max(options.silence, 10 * usual):
+            self.silent = True
+            place = self.place(self.batch + 1, '')
+            return f'已经 {duration(silence)}没有算完一批，停在{place}（主机 {socket.gethostname()}）'
+        return ''
+
     def closing_report(self) -> str:
         """Return how the run ended."""
         error, lines = self.error, ['训练已停止' if self.stopped else '训练完成', self.how_far()]
@@ -1046,6 +1104,8 @@ class Run:
             again = '继续' if self.checkpoint else '开始'
             lines = [f'训练停下了：{error}', f'{place}，lr = {self.learning_rate:g}']
             lines += [f'可以试试 lr {self.learning_rate / 10:g}，再发“{again}”']
+            if self.folder and os.path.exists(os.path.join(self.folder, 'best.zip')):
+                lines += [f'也可以先发“回退”，回到最好的第 {self.best()[0]} 轮']
         elif error is not None:
             lines = [f'训练出错，已结束（主机 {socket.gethostname()}）', *error_lines(error), self.how_far()]
         if self.early and error is None:
@@ -1057,15 +1117,17 @@ class Run:
             lines.append(f'检查点在 {self.checkpoint}，发“继续”接着训练')
         return data_note() + '\n'.join([*lines, '用时 ' + duration(self.elapsed())])
 
+    def drawn(self) -> dict:
+        """Return what draw_curve() draws of the run."""
+        kept = {'history': self.history[:], 'losses': self.losses.points[:], 'marks': self.marks[:]}
+        return {**kept, 'numbers': [dict(numbers) for numbers in self.numbers]}
+
     def curve(self) -> Callable:
         """Return a function that draws the curves so far and returns the path of the picture.
 
         The mail's thread calls it, without the lock: drawing takes a second.
         """
-        extra = [dict(numbers) for numbers in self.numbers]
-        draw = functools.partial(
-            draw_curve, self.history[:], self.losses.points[:], marks=self.marks[:], numbers=extra
-        )
+        draw = functools.partial(draw_curve, **self.drawn())
 
         def picture():
             path = self.write('curve.png', '曲线图', draw)
@@ -1178,7 +1240,7 @@ def duration(seconds: float) -> str:
     return f'{minutes} 分 {seconds} 秒' if minutes else f'{seconds} 秒'
 
 
-def draw_curve(history: list, losses: list, path: str, marks: Iterable = (), numbers: Iterable = ()) -> None:
+def draw_curve(path: str, history: list, losses: list, marks: Iterable = (), numbers: Iterable = ()) -> None:
     """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone.
 
     `marks` are dashed lines with a word, `numbers` a person's own, one dict for each row of `history`.
@@ -1229,6 +1291,25 @@ def draw_curve(history: list, losses: list, path: str, marks: Iterable = (), num
     figure.savefig(path, format='png')
 
 
+CLASSES = 'T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot'.split()  # of Fashion-MNIST
+
+
+def draw_mistakes(mistakes: list, path: str) -> None:
+    """Draw what Mistakes has kept, each with 'true > said' and how sure, as a PNG for a phone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 6.2), dpi=160, layout='constrained')
+    axes = figure.subplots(4, 4).ravel()
+    names = CLASSES if max(max(true, said) for _, _, true, said in mistakes) < len(CLASSES) else None
+    for ax in axes:
+        ax.axis('off')
+    for ax, (sure, image, true, said) in zip(axes, mistakes):
+        ax.imshow(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0), cmap='gray')
+        true, said = (names[label] if names else label for label in (true, said))
+        ax.set_title(f'{true}\n\u2192 {said} {sure:.0%}', fontsize=9)
+    figure.savefig(path, format='png')
+
+
 # ---------------------------------------------------------------------------------- the files of a run
 
 # runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy), best.params,
@@ -1273,6 +1354,57 @@ def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.
         with zipfile.ZipFile(path, 'w') as checkpoint:
             for name in os.listdir(folder):
                 checkpoint.write(os.path.join(folder, name), name)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write a JSON file."""
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(content, f, ensure_ascii=False)
+
+
+def back_to_best(folder: Optional[str]) -> str:
+    """Make the best checkpoint of a run the one that 继续 takes, with a mark; return what to say of it."""
+    best = os.path.join(folder or RUNS, 'best.zip')
+    try:
+        state = read_checkpoint(best)
+        with open_private(best) as f, zipfile.ZipFile(f) as checkpoint:
+            content = {name: checkpoint.read(name) for name in checkpoint.namelist()}
+        kept = json.loads(content['run.json'])
+        kept['marks'] = [*kept.get('marks', []), (state['epochs'], 'back here')]
+        content['run.json'] = json.dumps(kept).encode()
+        write_whole(os.path.join(folder, 'last.zip'), lambda path: write_zip(path, content))
+    except (OSError, ValueError):
+        return '没有可以回去的检查点：有过一轮以后才有。'
+    epoch, _, _, test_acc, *_ = state['history'][-1]
+    return f'回到了第 {epoch} 轮（测试精度 {test_acc:.3f}），发“继续”从那里接着训练。'
+
+
+def write_zip(path: str, content: dict) -> None:
+    """Write a zip file of {name: bytes}."""
+    with zipfile.ZipFile(path, 'w') as z:
+        for name, data in content.items():
+            z.writestr(name, data)
+
+
+def run_folders() -> list:
+    """Return the folders of the runs with something in them to tell, the last one first."""
+    paths = [*glob.glob(os.path.join(RUNS, '*', 'last.zip')), *glob.glob(os.path.join(RUNS, '*', 'log.csv'))]
+    return sorted({os.path.dirname(path) for path in paths}, reverse=True)
+
+
+def read_run(folder: str) -> Run:
+    """Return a run on disk: from its checkpoint, or from what log.csv tells of it."""
+    found = Run()
+    with contextlib.suppress(OSError, ValueError):
+        path = os.path.join(folder, 'last.zip')
+        found.resume(path, read_checkpoint(path))
+        return found
+    found.learning_rate = found.batch_size = None  # nobody knows
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, 'log.csv')) as f:
+        rows = list(csv.reader(f))[1:]
+        found.history = [(int(row[0]), *map(float, row[1 : len(LOG)])) for row in rows]
+        found.learning_rate = found.history[-1][4] if found.history else None
+    return found
 
 
 def read_checkpoint(path: str) -> dict:
@@ -1512,7 +1644,7 @@ def parse(text: str) -> Any:
     for word, command in COMMANDS.items():
         if command.number and counted and counted[1] in (word, command.chinese):
             return word, int(counted[2])
-        if not command.number and text in (word, command.chinese):
+        if (not command.number or command.optional) and text in (word, command.chinese):
             return word
     text = re.sub(r'\b(lr|learning_rate)[\s=:]*([x*/×÷])\s*', r'\1 \2', text).translate(
         str.maketrans('×÷', 'x/')
@@ -1624,17 +1756,22 @@ def train(nn_train: Callable, this_run: Run) -> None:
         print_traceback()
     finally:
         lock_end(this_run.person.name)
+        note = back_to_best(this_run.folder) if this_run.rolling_back else ''
+        if this_run.folder:
+            this_run.write('end.json', '结尾', lambda path: write_json(path, {'ended': this_run.ending()}))
         with lock:
-            close(this_run)
+            close(this_run, note)
         gc.collect()  # a network refers to itself; its 60 MB would wait for days
 
 
-def close(this_run: Run) -> None:
-    """Tell how a run ended, and let the next one begin. Needs the lock."""
+def close(this_run: Run, note: str) -> None:
+    """Tell how a run ended, with a note, and let the next one begin. Needs the lock."""
     try:
         this_run.tell(this_run.closing_report())
         if len(this_run.history) > 1:
             this_run.tell(this_run.curve())
+        if note:
+            this_run.tell(note)
         if not this_run.stopped and this_run.error is None and options.then:
             countdown.start(this_run)
     finally:
@@ -1659,8 +1796,67 @@ def status(asked: Asked) -> Any:
 
 
 def plot(asked: Asked) -> Any:
-    """Draw the curves."""
-    return run.curve() if run.losses.points or run.history else '还没有可画的：训练开始后再发“曲线”。'
+    """Draw the curves; with a number, those of that run in 记录's list."""
+    folders = run_folders()
+    if not asked.number:
+        return run.curve() if run.losses.points or run.history else '还没有可画的：训练开始后再发“曲线”。'
+    if asked.number > len(folders):
+        return f'记录里只有 {len(folders)} 次训练。'
+    folder = folders[asked.number - 1]
+
+    def picture():
+        found, path = read_run(folder), os.path.join(folder, 'curve.png')
+        write_whole(path, functools.partial(draw_curve, **found.drawn()))
+        return pathlib.Path(path)
+
+    return picture
+
+
+def list_runs(asked: Asked) -> Callable:
+    """List the last runs, so that they can be compared."""
+    return runs_text  # reading them takes a moment, which the lock must not
+
+
+def runs_text() -> str:
+    """Return a line for each of the last eight runs, the best one marked."""
+    lines, accuracies = [], []
+    for number, folder in enumerate(run_folders()[:8], 1):
+        found = read_run(folder)
+        best = found.best()[3] if found.history else 0
+        ended = '训练中' if run.busy and folder == run.folder else '中断'
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            with open(os.path.join(folder, 'end.json'), encoding='utf-8') as f:
+                ended = json.load(f)['ended'] if ended == '中断' else ended
+        when = time.strftime('%m-%d %H:%M', time.localtime(os.path.getmtime(folder)))
+        values = ('lr', found.learning_rate), ('bs', found.batch_size)
+        values = ' '.join(f'{name} {value:g}' for name, value in values if value is not None)
+        lines.append(f'{number}. {when} {values}，{len(found.history)} 轮，{best:.3f}，{ended}')
+        accuracies.append(best)
+    if not lines:
+        return '还没有训练过。'
+    lines[accuracies.index(max(accuracies))] += ' ★'
+    shown = min(2, len(lines))
+    return '\n'.join([*lines, f'“曲线 {shown}”画第 {shown} 次的。'])
+
+
+def roll_back(asked: Asked) -> str:
+    """Go back to the best epoch: the next 继续 goes on from there."""
+    if run.busy:
+        run.rolling_back = True
+        return f'{stop()}\n停下以后回到最好的一轮。'
+    path, _ = last_checkpoint()
+    return back_to_best(path and os.path.dirname(path))
+
+
+def show_mistakes(asked: Asked) -> Any:
+    """Draw the test examples that the network got wrong, the surest first."""
+    mistakes = run.mistakes
+    if not mistakes:
+        return '还没有错图：测试过一次以后才有。'
+    if mistakes[0][1].ndim != 3 or mistakes[0][1].shape[0] not in (1, 3):
+        return '这些数据不是图，画不出来。'
+    draw = functools.partial(draw_mistakes, mistakes)
+    return lambda this_run=run: pathlib.Path(this_run.write('mistakes.png', '错图', draw) or os.devnull)
 
 
 def show_params(asked: Asked) -> str:
@@ -1701,6 +1897,11 @@ class Command(NamedTuple):
     function: Callable
     help: str
     number: str = ''  # with a number behind the word; the help's example
+    optional: bool = False  # may the number be left out?
+
+    def help_line(self) -> str:
+        """Return what 帮助 says of it."""
+        return f'{self.chinese}{"" if self.optional else self.number}：{self.help}'
 
 
 COMMANDS = {
@@ -1708,7 +1909,10 @@ COMMANDS = {
     'stop': Command('停止', stop, '算完这一批就停'),
     'resume': Command('继续', resume, '接着上次的训练'),
     'status': Command('状态', status, '现在到哪了'),
-    'plot': Command('曲线', plot, '损失和精度的图'),
+    'plot': Command('曲线', plot, '损失和精度的图', ' 2', optional=True),
+    'mistakes': Command('错图', show_mistakes, '认错的测试图'),
+    'runs': Command('记录', list_runs, '最近几次训练，比一比'),
+    'rollback': Command('回退', roll_back, '回到最好的一轮'),
     'params': Command('参数', show_params, '看 lr、ti、bs 三个值'),
     'report': Command('报告', set_report, '几轮报告一次，0 只说要紧的', ' 5'),
     'quiet': Command('安静', set_report, '就是报告 0'),
@@ -1716,9 +1920,17 @@ COMMANDS = {
     'cancel': Command('取消', cancel, '不执行训练后的命令'),
     'help': Command('帮助', show_help, ''),
 }
+GROUPS = {  # of the help
+    '训练': ('start', 'stop', 'resume', 'rollback'),
+    '查看': ('status', 'plot', 'mistakes', 'runs', 'params'),
+    '打扰多少': ('report', 'quiet', 'patience', 'cancel'),
+}
 HELP = '\n'.join(
-    [f'{c.chinese}{c.number}：{c.help}' for c in COMMANDS.values() if c.help]
-    + ['lr 0.1：学习率，也可以 lr x0.5、lr /2', 'ti 5：训练几轮', 'bs 128：每批几张']
+    [
+        '\n'.join([f'【{group}】', *(COMMANDS[word].help_line() for word in words)])
+        for group, words in GROUPS.items()
+    ]
+    + ['【设值】', 'lr 0.1：学习率，也可以 lr x0.5、lr /2', 'ti 5：训练几轮', 'bs 128：每批几张']
 )
 
 chosen = set()  # which of the three values a person has set: 继续 takes the others from the checkpoint
@@ -1955,17 +2167,27 @@ class Mail:
             problem = send(person, content)
             if not problem:
                 itchat.instance.log(f'已发送给 {visible(person.name)}：{content}')
+            elif outbox.tries >= 2 and problem not in PASSING:
+                self.describe_picture(outbox)
             return problem, count
         except requests.RequestException as error:
             return type(error).__name__, 0
         except Exception as error:  # a bug of ours, of itchat's, or an answer that nobody has thought of
             problem = type(error).__name__
-            if outbox.tries < 3:
+            if outbox.tries < 3 or self.describe_picture(outbox):
                 return problem, 0
             with self.changed:
                 letter = outbox.letters[0]
             write_undelivered([(person, letter)], problem)
             return '', 1
+
+    def describe_picture(self, outbox: Outbox) -> bool:
+        """Put a text in the place of the first letter if that is a picture; return whether it was one."""
+        with self.changed:
+            letter = outbox.letters[0]
+            if isinstance(letter, pathlib.Path):
+                outbox.letters[0] = f'图片没有传上去，在 {letter}'
+            return isinstance(letter, pathlib.Path)
 
     def open(self, outbox: Outbox) -> tuple:
         """Return what is to be sent next from an outbox, a text or a path, and how many letters that is."""
@@ -2010,6 +2232,9 @@ class Mail:
             return [(person, letter) for person, o in self.outboxes.items() for letter in o.letters]
 
 
+PASSING = [f'Ret {code}' for code in (-1, 1205, 1100, 1101, 1102)]  # not the message's own fault
+
+
 def send(person: Person, content: Any) -> str:
     """Send a text or a picture through the client; return why it did not go, '' when it did."""
     to = people.address(person)
@@ -2025,7 +2250,7 @@ def send(person: Person, content: Any) -> str:
 def write_undelivered(letters: list, why: str) -> None:
     """Put what could not be delivered into the run's folder."""
     for person, letter in letters:
-        if isinstance(letter, str):
+        if not callable(letter):
             say(f'没有发给 {visible(person.name)}（{why}）：{letter}')
             with contextlib.suppress(OSError):
                 path = os.path.join(run.make_folder(), 'undelivered.txt')
@@ -2062,6 +2287,8 @@ class Client(itchat.Core):
                 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
                     signal.signal(signal.SIGHUP, self.leave)
             mail.thread.start()
+            threading.Thread(target=watch, name='watch', daemon=True).start()
+            warn_of_size()
 
     def leave(self, number, frame) -> None:
         """The first signal ends the program in order, the second at once."""
@@ -2115,6 +2342,24 @@ class Client(itchat.Core):
     def server_time(self) -> float:
         """Return the time by the clock that the messages' CreateTime is of."""
         return time.time()
+
+
+def watch() -> None:
+    """Tell when a run stands still, and when it goes on: a thread of its own, which takes the lock."""
+    never = threading.Event()
+    while not never.wait(options.silence / 10):
+        with lock:
+            text = run.told_silence() if run.busy else ''
+            if text:
+                run.tell(text)
+
+
+def warn_of_size(limit: int = 10**9) -> None:
+    """Say so when the runs take more than a gigabyte; nothing is deleted by itself."""
+    files = glob.glob(os.path.join(RUNS, '**'), recursive=True)
+    size = sum(os.path.getsize(path) for path in files if os.path.isfile(path))
+    if size > limit:
+        say(f'{RUNS}/ 有 {size / 1e9:.1f} GB，不要的训练可以自己删掉。')
 
 
 def lock_folder() -> Any:
@@ -2232,20 +2477,8 @@ class Adapter(requests.adapters.HTTPAdapter):
         return response
 
 
-HARMLESS = {  # names whose values a trace may show
-    *(
-        'appid',
-        'fun',
-        'lang',
-        'version',
-        'tip',
-        'loginicon',
-        'f',
-        'type',
-        'redirect',
-        'mmweb_appid',
-        'random',
-    ),
+HARMLESS = {  # names whose values a trace may show: numbers; in queries and headers, texts, too
+    *('appid', 'fun', 'lang', 'version', 'tip', 'loginicon', 'f', 'type', 'redirect', 'mmweb_appid'),
     *(
         'Ret',
         'MsgType',
@@ -2257,7 +2490,7 @@ HARMLESS = {  # names whose values a trace may show
         'UploadType',
         'Scene',
     ),
-    *('MemberCount', 'Seq', 'InviteStartCount', 'content-type', 'date', 'origin', 'referer', 'Code'),
+    *('MemberCount', 'InviteStartCount', 'content-type', 'date', 'origin', 'referer', 'Code'),
 }
 
 
@@ -2271,43 +2504,52 @@ def trace(request: Any, response: Any) -> None:
     url = urllib.parse.urlsplit(request.url)
     lines = [f'{time.strftime("%F %T")} {request.method} {url.hostname}{url.path}']
     query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-    lines += [f'  query {black_out(query)}', f'  headers {black_out(dict(request.headers))}']
+    lines += [
+        f'  query {black_out(query, texts=True)}',
+        f'  headers {black_out(dict(request.headers), texts=True)}',
+    ]
     if request.body:
         lines += [f'  body {black_out_body(request.body)}']
     if isinstance(response, str):
         lines += [f'  no answer: {response}']
     else:
-        lines += [f'  answer {response.status_code} {black_out(dict(response.headers))}']
+        lines += [f'  answer {response.status_code} {black_out(dict(response.headers), texts=True)}']
         lines += [f'  {black_out_body(response.content)}']
     with contextlib.suppress(OSError):
-        with open(options.trace, 'a', opener=functools.partial(os.open, mode=0o600)) as f:
+        private = functools.partial(os.open, mode=0o600)
+        with open(options.trace, 'a', encoding='utf-8', errors='backslashreplace', opener=private) as f:
             f.write('\n'.join(lines) + '\n')
 
 
-def black_out(value: Any, name: str = '') -> Any:
+def black_out(value: Any, name: str = '', texts: bool = False) -> Any:
     """Return what a trace may show of a value: the names in it, and what they are the names of."""
     if isinstance(value, dict):
-        return {str(key): black_out(inner, str(key)) for key, inner in value.items()}
+        return {str(key): black_out(inner, str(key), texts) for key, inner in value.items()}
     if isinstance(value, list):
         return [black_out(inner) for inner in value[:3]] + ([f'... {len(value)} in all'] if value[3:] else [])
-    if name in HARMLESS or name.lower() in HARMLESS or value is None or isinstance(value, bool):
+    harmless = name in HARMLESS or name.lower() in HARMLESS
+    if value is None or isinstance(value, bool) or (harmless and (texts or isinstance(value, int))):
         return value
     return f'<{type(value).__name__} {len(str(value))}>'
 
 
 def black_out_body(body: Any) -> Any:
-    """Return what a trace may show of a body: JSON's names, XML's tags, short numbers."""
+    """Return what a trace may show of a body: JSON's names, XML's tags, the codes of a script."""
     content = body if isinstance(body, bytes) else str(body).encode()
+    text = content.decode('utf-8', 'replace')
     try:
         return black_out(json.loads(content))
     except ValueError:
-        text = content[:3000].decode('utf-8', 'replace')
-    if text.startswith('--'):  # a form
-        return 'form ' + ' '.join(re.findall(r'; name="([^"]*)"', content.decode('utf-8', 'replace')))
-    text = re.sub(
-        r'>[^<]*|"[^"]*"?', lambda m: m[0] if re.fullmatch(r'>|.\d{0,4}"?', m[0]) else m[0][0] + '...', text
-    )
-    return text[:300] if text[:1] in ('<', 'w') else f'<{len(content)} bytes>'
+        if text.startswith('--'):  # a form
+            return 'form ' + ' '.join(re.findall(r'; name="(\w+)"', text))
+        if text.startswith('window.'):
+            return ' '.join(
+                re.findall(
+                    r'window\.[A-Za-z.]+(?:\s?=\s?\d{1,4}\b)?|\b\w+code:"\d{1,4}"|selector:"\d+"', text
+                )
+            )
+        tags = re.findall(r'<([A-Za-z]\w*|ret>\d{1,5})\b', text)
+        return f'<{len(content)} bytes{": " if tags else ""}{" ".join(tags[:30])}>'
 
 
 class ShortLog(logging.Handler):
@@ -2340,7 +2582,9 @@ class WeChat(Client):
         self.logins = 0  # sessions so far
         self.sync_ret = 0  # how the last fetch was answered
         self.refusals = self.empty = 0  # fetches in a row that were refused, that brought nothing
+        self.silent = 0  # looks in a row that were not answered although the fetch was
         self.odd = 0  # looks in a row that the server answered with 1100, or not at all
+        self.run_out = 0  # QR codes in a row that had run out when they were asked for
         self.trouble = None  # what kept the server from answering get_msg()
         self.early = []  # messages that came with the login
         self.clock = 0  # by how many seconds the server's is ahead
@@ -2384,10 +2628,7 @@ class WeChat(Client):
             with self.waiting():
                 stored = self.useHotReload and bool(self.load_login_status(self.hotReloadDir))
                 if not stored:
-                    self.login(
-                        qrCallback=self.callbacks.get('qrCallback', self.show_qr),
-                        loginCallback=self.show_login,
-                    )
+                    self.log_in_by_code()
         except requests.RequestException as error:
             if getattr(error.response, 'status_code', None) == 429:
                 return self.busy
@@ -2404,6 +2645,21 @@ class WeChat(Client):
             self.keep_session()
         self.welcome(new_names=not stored or not self.logins)
         return ''
+
+    def log_in_by_code(self) -> None:
+        """Log in with a QR code; or, where the phone still knows this login, by its confirmation alone."""
+        del self.memberList[:], self.mpList[:], self.chatroomList[:]  # of the login before
+        self.loginInfo.pop('url', None)
+        callbacks = {
+            'qrCallback': self.callbacks.get('qrCallback', self.show_qr),
+            'loginCallback': self.show_login,
+        }
+        try:
+            self.login(**callbacks)
+        except requests.exceptions.JSONDecodeError:  # the phone cannot be asked: a page instead of an answer
+            self.isLogging = False
+            self.s.cookies.clear()
+            self.login(**callbacks)
 
     def welcome(self, new_names: bool) -> None:
         """Begin the session: find the people, let the mail go out, say who has logged in."""
@@ -2439,7 +2695,12 @@ class WeChat(Client):
         page = re.search(r'window.redirect_uri="(\S+)"', answer)
         if code and code[1] == '200':
             self.open_session(page[1])
-        return code[1] if code else '400'
+        if not code:
+            raise requests.RequestException('no answer to login')
+        self.run_out = 0 if code[1] in ('200', '201', '408') else self.run_out + 1
+        if self.run_out > 1:  # codes that are run out as soon as they are shown
+            self.pause(min(self.run_out - 1, 6))
+        return code[1]
 
     def ask(self, url: str, **kwargs) -> Any:
         """Get a page as a browser does."""
@@ -2451,8 +2712,10 @@ class WeChat(Client):
         Raises Refused when there are none, or when a redirect leads away from WeChat.
         """
         for _ in range(4):
-            url = urllib.parse.urlsplit(page)
-            if url.scheme != 'https' or not ('.' + (url.hostname or '')).endswith(self.domains):
+            host = re.fullmatch(
+                r'https://([a-z0-9.-]+)(:443)?/[!-\[\]-~]*', page
+            )  # no backslash, no @ before
+            if not host or not ('.' + host[1]).endswith(self.domains):
                 raise Refused
             answer = self.fetch_login_page(page)
             found = dict(re.findall(r'<(\w+)>(?:<!\[CDATA\[)?([^<\]]*)(?:\]\]>)?</\1>', answer.text))
@@ -2607,7 +2870,7 @@ class WeChat(Client):
         except Exception as error:  # load_login_status() of itchat swallows it
             self.trouble = requests.RequestException(f'no answer: {type(error).__name__}')
             raise
-        if messages is None and self.sync_ret not in (1, 1100, 1101, 1102):  # a passing one
+        if messages is None and self.sync_ret in (-1, 1205) and self.refusals <= 3:  # a passing refusal
             self.trouble = requests.RequestException(f'Ret {self.sync_ret}')
         self.refusals = self.refusals if messages is None else 0
         if self.alive or messages is None:
@@ -2620,16 +2883,28 @@ class WeChat(Client):
         path = self.hotReloadDir
         if not os.path.exists(path):
             sys.exit(f'没有存下的登录（{os.path.abspath(path)}）。')
+        self.sync_ret = None
         try:
-            if self.load_login_status(path):
-                self.logout()
-                say('已在服务器上退出登录。')
+            with self.waiting():
+                good = self.load_login_status(path)
+                if good:
+                    self.end_session()
         except requests.RequestException:
             sys.exit('连不上微信，登录没有结束，文件还在。')
+        if not good and self.sync_ret is None:
+            sys.exit('存下的登录不能用，没有问过服务器；请在手机上退出网页版登录。')
+        say('已在服务器上退出登录。' if good else '服务器上的登录早已结束。')
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
         say(f'删掉了 {os.path.abspath(path)}。')
         sys.exit()
+
+    def end_session(self) -> None:
+        """Log out on the server. Raises RequestException."""
+        query = {'redirect': 1, 'type': 1, 'skey': self.loginInfo['skey']}
+        self.ask(
+            self.loginInfo['url'] + '/webwxlogout', params=query, allow_redirects=False
+        ).raise_for_status()
 
     # -- receiving
 
@@ -2657,6 +2932,7 @@ class WeChat(Client):
                     self.reconnect()
                 except Exception as error:  # the network, the server, what is no answer: all of them pass
                     failures += 1
+                    self.silent = 0
                     if failures == 2:
                         mail.set_online(False)
                         say(f'微信断开了（{type(error).__name__}），训练不受影响；连上以后接着说。')
@@ -2706,14 +2982,14 @@ class WeChat(Client):
     def check_refusal(self) -> None:
         """Raise SessionOver when a fetch was refused for good, RequestException when it may be tried."""
         self.refusals += 1
-        if self.sync_ret in (1100, 1101, 1102) or self.refusals > 3:
+        if self.sync_ret not in (-1, 1205) or self.refusals > 3:
             raise SessionOver
         raise requests.RequestException('refused')
 
     def look(self) -> bool:
         """Wait for news, half a minute at most; return whether there is something to fetch.
 
-        Raises SessionOver, and RequestException when the answer is none.
+        Raises RequestException when the answer is none.
         """
         info = self.loginInfo
         names = {'skey': 'skey', 'sid': 'wxsid', 'uin': 'wxuin', 'deviceid': 'deviceid', 'synckey': 'synckey'}
@@ -2725,12 +3001,10 @@ class WeChat(Client):
         if not found:
             raise requests.RequestException('no answer to synccheck')
         retcode, selector = found.groups()
-        if retcode == '1100':  # a log-out for some clients, 'fetch' for others: the fetch will tell
+        if retcode != '0':  # a log-out; for some clients 1100 only says 'fetch'. The fetch will tell.
             self.odd += 1
             self.pause(min(self.odd, 5))
             return True
-        if retcode != '0':
-            raise SessionOver
         self.odd = 0
         return selector != '0'
 
@@ -2763,7 +3037,7 @@ class WeChat(Client):
 
     def is_own(self, msg: dict) -> bool:
         """Return whether the program itself sent a message: from 文件传输助手 it comes back."""
-        with self.echo:
+        with self.waiting(), self.echo:
             self.echo.wait_for(lambda: self.sending != msg['Text'])  # before that its MsgID is not known
             for mark in (str(msg['MsgId']), msg['Text']):
                 if mark in self.own:
@@ -2853,14 +3127,13 @@ class FileHelper(WeChat):
 
     def __init__(self):
         super().__init__()
-        self.silent = 0  # looks in a row that were not answered
+        self.polls = 0  # fetches without a look
         self.init_refused = False
         self.use_entry('szfilehelper.weixin.qq.com')
 
     def use_entry(self, entry: str) -> None:
         """Log in by way of this host of the page."""
         self.entry = entry
-        self.loginInfo.pop('url', None)  # of a login by way of another
         itchat.config.BASE_URL = 'https://' + self.entries[entry]
         page = f'https://{entry}/cgi-bin/mmwebwx-bin/webwxnewloginpage'
         self.queries = {
@@ -2886,6 +3159,7 @@ class FileHelper(WeChat):
         if trouble == self.refusal and self.init_refused and self.entry == next(iter(self.entries)):
             say(f'{self.entry} 没有接受这个账号，换 {others[0]}：请再扫一次。')
             self.s.cookies.clear()
+            self.loginInfo.pop('url', None)
             self.use_entry(others[0])
             trouble = super().log_in()
         return trouble
@@ -2903,11 +3177,12 @@ class FileHelper(WeChat):
 
     def web_init(self) -> dict:
         """Fetch the account; note when it is refused after the login was confirmed."""
-        try:
-            return super().web_init()
-        except (LookupError, TypeError, ValueError):
-            self.init_refused = True
-            raise
+        self.init_refused = True
+        answer = super().web_init()
+        if answer.get('BaseResponse', {}).get('Ret') or not answer['User'].get('UserName'):
+            raise Refused
+        self.init_refused = False
+        return answer
 
     def show_mobile_login(self) -> None:
         """Do nothing: the page does not."""
@@ -2918,20 +3193,21 @@ class FileHelper(WeChat):
 
     def load_login_status(self, fileDir: str, **callbacks) -> Any:
         answer = super().load_login_status(fileDir, **callbacks)
-        if not answer:
-            self.s.cookies.clear()  # or itchat would ask for a login without a QR code: not there
+        entry = urllib.parse.urlsplit(self.loginInfo.get('url') or '').hostname
+        if entry in self.entries:
+            self.use_entry(entry)  # the one that took this account
         return answer
 
-    def logout(self) -> Any:
-        """End the session on the server as the page does, if there is one."""
-        if self.alive:
-            form = {'sid': self.loginInfo['wxsid'], 'uin': self.loginInfo['wxuin']}
-            query = {'redirect': 1, 'type': 0, 'skey': self.loginInfo['skey']}
-            self.s.post(
-                self.loginInfo['url'] + '/webwxlogout', params=query, data=form, allow_redirects=False
-            )
-            self.alive = False
-        return super().logout()
+    def log_in_by_code(self) -> None:
+        self.s.cookies.clear()  # or itchat would ask for a login without a QR code: not there
+        super().log_in_by_code()
+
+    def end_session(self) -> None:
+        """Log out on the server as the page does. Raises RequestException."""
+        form = {'sid': self.loginInfo['wxsid'], 'uin': self.loginInfo['wxuin']}
+        query = {'redirect': 1, 'type': 0, 'skey': self.loginInfo['skey']}
+        url = self.loginInfo['url'] + '/webwxlogout'
+        self.s.post(url, params=query, data=form, allow_redirects=False).raise_for_status()
 
     # -- receiving and sending
 
@@ -2945,7 +3221,10 @@ class FileHelper(WeChat):
             except requests.RequestException:
                 self.silent += 1  # if it is the network, the fetch will fail, too
         else:
-            self.pause(3)
+            self.pause(2)
+            self.empty, self.polls = 0, self.polls + 1
+            if self.polls % 100 == 0:  # perhaps it is answered again
+                self.silent = 1
         return True
 
     def send_image(self, fileDir: Any = None, toUserName: Optional[str] = None, *args) -> dict:
@@ -2953,11 +3232,13 @@ class FileHelper(WeChat):
         first = self.loginInfo['fileUrl']
         other = 'file.wx2.qq.com' if '//file.wx.' in first else 'file.wx.qq.com'
         for url in (first, f'https://{other}/cgi-bin/mmwebwx-bin'):
-            with contextlib.suppress(requests.RequestException):
+            with contextlib.suppress(requests.RequestException, AttributeError, TypeError):  # or no object
                 answer = self.upload(url, fileDir, toUserName)
                 if answer and answer.get('MediaId'):
-                    return self.send_media(answer['MediaId'], toUserName)
-        return self.send_msg(f'图片没有传上去，在 {fileDir}', toUserName)
+                    break
+        else:
+            return self.send_msg(f'图片没有传上去，在 {fileDir}', toUserName)
+        return self.send_media(answer['MediaId'], toUserName)
 
     def upload(self, url: str, path: str, to: str) -> dict:
         """Upload a picture to a file host, in the form that the page sends."""

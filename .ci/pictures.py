@@ -41,13 +41,41 @@ class Step(NamedTuple):
 
 
 STEPS = [
-    Step('lr 0.02, ti 5, bs 4', '批量 bs = 4'),
-    Step('开始', '第 1/5 轮'),
+    Step('lr 0.02, ti 6, bs 4', '批量 bs = 4'),
+    Step('早停 3', '早停 0'),
+    Step('开始', '第 1/6 轮'),
     Step('状态', '主机'),
-    Step('曲线', '(?=.*图片).*第 2/5 轮'),  # in either order
-    Step('停止', '训练已停止.*图片'),
+    Step('lr x0.5', '批量 bs = 4', 0),
+    Step('错图', '图片'),
+    Step('报告 3', '好，每 3 轮'),
+    Step('停止', '训练已停止'),
+    Step('回退', '回到了'),
+    Step('帮助', '【设值】'),
+    Step('安静', '报告 1'),
     Step('继续', '训练完成.*图片'),
+    Step('记录', '★'),
+    Step('曲线 1', '图片'),
 ]
+OWN = """
+import time, utils, itchat, wechat_train
+
+def chat_inf(*args, chat_inf=utils.chat_inf):
+    chat_inf(*args, error=1 - args[-1])  # a number of one's own
+    if args[1] == 3:
+        utils.chat_send('第 3 轮过了，去看看错图。')  # words of one's own
+
+def batch_loss(loss, batch_loss=utils.batch_loss):
+    if (utils.run.epochs, utils.run.batch) == (4, 100):
+        time.sleep(7)  # it stands still
+    return batch_loss(loss)
+
+utils.chat_inf, utils.batch_loss = chat_inf, batch_loss
+utils.parse_args()
+utils.options.silence = 5  # seconds instead of five minutes
+utils.chat_supervisor(wechat_train.nn_train)
+itchat.auto_login(hotReload=True)
+itchat.run()
+"""
 
 
 class Message(NamedTuple):
@@ -61,7 +89,7 @@ class Message(NamedTuple):
         """Return the text, without the name of the host."""
         picture = isinstance(self.content, bytes)
         host = '主机 ' + socket.gethostname()
-        return '[图片 curve.png]' if picture else self.content.replace(host, '主机 （主机名）')
+        return '[图片]' if picture else self.content.replace(host, '主机 （主机名）')
 
 
 class Chat(FileHelper):
@@ -93,7 +121,10 @@ def converse(steps: list) -> list:
         chat = Chat(folder)
         args = '--filehelper', '--data', images(os.path.join(folder, 'images'))
         env = dict(chat.env(), OMP_NUM_THREADS='1')  # two would wait for each other on a busy machine
-        program = Program(folder, *args, env=env)
+        script = os.path.join(folder, 'own.py')
+        with open(script, 'w', encoding='utf-8') as f:
+            f.write(OWN)
+        program = Program(folder, *args, env=env, script=script)
         try:
             chat.ready()
             for step in steps:
