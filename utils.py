@@ -1268,7 +1268,8 @@ def draw_curve(path: str, history: list, losses: list, marks: Iterable = (), num
     if finite:
         low, high = min(0, np.percentile(finite, 2)), max(0, np.percentile(finite, 98))
         above.set_ylim(1.2 * low, 1.2 * high or 1)
-    below.set(ylabel='accuracy', ylim=(0, 1), xlabel='epoch', xlim=(0, None))
+    below.set(ylabel='accuracy', ylim=(0, 1), xlim=(0, None))
+    (others or [below])[0].set_xlabel('epoch')
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name in own:
         points = [(row[0], values[name]) for row, values in zip(history, numbers) if name in values]
