@@ -727,7 +727,13 @@ def check_finite(loss: float) -> None:
 
 
 def chat_inf(
-    wechat_name: str, epoch: int, train_loss, train_acc, train_data, test_acc, **numbers: float
+    wechat_name: str,
+    epoch: int,
+    train_loss: Any,
+    train_acc: Any,
+    train_data: Any,
+    test_acc: Any,
+    **numbers: float,
 ) -> None:
     """Send the report after an epoch, which counts from 1, to who started the run and the supervisors.
 
@@ -774,7 +780,7 @@ def load_checkpoint(net: Any, trainer: Any) -> tuple:
     return state['epoch'], state['train_loss'], state['train_acc']
 
 
-def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss, train_acc) -> tuple:
+def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_acc: Any) -> tuple:
     """Keep what 继续 needs; return the epoch to go on with and the sums in it so far, as load_checkpoint().
 
     After a whole epoch that is epoch + 1, 0, 0; after one that 停止 cut short, what was given. A failure (a
@@ -1240,6 +1246,24 @@ def duration(seconds: float) -> str:
     return f'{minutes} 分 {seconds} 秒' if minutes else f'{seconds} 秒'
 
 
+def draw_marks(marks: Iterable, above: Any, *others: Any) -> None:
+    """Draw a grid into axes, and a dashed line for each (epochs, word); the words stand in the first."""
+    for axes in (above, *others):
+        axes.grid(alpha=0.3)
+        for epochs, _ in marks:
+            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8)
+    for epochs, word in marks:
+        above.annotate(
+            word,
+            (epochs, 1),
+            xycoords=('data', 'axes fraction'),
+            rotation=90,
+            va='top',
+            ha='right',
+            color='gray',
+        )
+
+
 def draw_curve(path: str, history: list, losses: list, marks: Iterable = (), numbers: Iterable = ()) -> None:
     """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone.
 
@@ -1275,20 +1299,7 @@ def draw_curve(path: str, history: list, losses: list, marks: Iterable = (), num
         points = [(row[0], values[name]) for row, values in zip(history, numbers) if name in values]
         others[0].plot(*zip(*points), 'o-', label=name)
         others[0].legend(fontsize=12)
-    for axes in (above, below, *others):
-        axes.grid(alpha=0.3)
-        for epochs, _ in marks:
-            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8)
-    for epochs, word in marks:
-        above.annotate(
-            word,
-            (epochs, 1),
-            xycoords=('data', 'axes fraction'),
-            rotation=90,
-            va='top',
-            ha='right',
-            color='gray',
-        )
+    draw_marks(marks, above, below, *others)
     figure.savefig(path, format='png')
 
 
