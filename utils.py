@@ -226,7 +226,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the options that every script has that calls parse_args()."""
     parser = argparse.ArgumentParser(
         description='训练神经网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。',
-        epilog='退出状态：0 正常；1 登录失败，或终端里训练出错；2 选项不对；130、143、129 是 Ctrl-C、SIGTERM、SIGHUP。',
+        epilog='退出状态：0 正常；1 登录失败或训练出错；2 选项不对；130、143、129 是被信号结束。',
     )
     add = parser.add_argument
     add('--console', action='store_true', help='不用微信，在终端里输入同样的命令')
