@@ -890,7 +890,7 @@ def test_mxnet_is_set_up_for_speed_and_the_users_settings_win():
         done = subprocess.run(
             [sys.executable, '-c', code], cwd=HERE, env={**env, **own}, capture_output=True, text=True
         )
-        return done.stdout
+        return '\n'.join(lines_of(done.stdout)) + '\n'
 
     assert said({}) == 'NaiveEngine %d\n' % len(os.sched_getaffinity(0))
     assert said({names[0]: 'ThreadedEngine', names[1]: '3'}) == 'ThreadedEngine 3\n'

@@ -189,8 +189,21 @@ def explain_missing_library(error: OSError) -> str:
     return f'MXNet 缺少系统库 {library[0]}，请安装：{package}'
 
 
+@contextlib.contextmanager
+def silent_stderr() -> Iterator:
+    """Throw away what is written to file descriptor 2: the engine of MXNet says there that it starts."""
+    with open(os.devnull, 'w') as devnull:
+        stderr = os.dup(2)
+        os.dup2(devnull.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 def import_mxnet() -> None:
-    """Import MXNet with the names of numpy that it expects; start its engine without what it prints then.
+    """Import MXNet with the names of numpy that it expects, and start its engine.
 
     Ends the program with one line when a shared library is missing.
     """
@@ -198,18 +211,15 @@ def import_mxnet() -> None:
     added = {name: value for name, value in GONE.items() if NUMPY_2 and name not in vars(np)}
     vars(np).update(added)
     try:
-        import mxnet
+        with silent_stderr():
+            import mxnet
+
+            mxnet.nd.waitall()
     except OSError as error:
         sys.exit(explain_missing_library(error))
     finally:
         for name in added:
             delattr(np, name)
-    with open(os.devnull, 'w') as devnull:
-        stderr = os.dup(2)
-        os.dup2(devnull.fileno(), 2)
-        mxnet.nd.waitall()
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 with waiting_for('正在载入 MXNet'):
