@@ -2607,7 +2607,7 @@ class WeChat(Client):
         self.sync_ret = 0  # how the last fetch was answered
         self.refusals = self.empty = 0  # fetches in a row that were refused, that brought nothing
         self.silent = 0  # looks in a row that were not answered although the fetch was
-        self.odd = 0  # looks in a row that the server answered with 1100, or not at all
+        self.odd = 0  # looks in a row that were answered with a log-out
         self.run_out = 0  # QR codes in a row that had run out when they were asked for
         self.trouble = None  # what kept the server from answering get_msg()
         self.early = []  # messages that came with the login
@@ -2615,9 +2615,8 @@ class WeChat(Client):
         self.seen = collections.deque(maxlen=1000)  # MsgIds: after a login the server may send them again
         self.echo = threading.Condition()
         self.sending = None  # the text that WeChat has been given and has not answered yet
-        self.own = collections.deque(
-            maxlen=1000
-        )  # MsgIds of what was sent; the text where the answer got lost
+        # MsgIds of what was sent; the text where the answer got lost.
+        self.own = collections.deque(maxlen=1000)
         self.callbacks = {}
 
     # -- logging in
@@ -2657,14 +2656,8 @@ class WeChat(Client):
             if getattr(error.response, 'status_code', None) == 429:
                 return self.busy
             return self.unreachable.format(urllib.parse.urlsplit(itchat.config.BASE_URL).hostname)
-        except (
-            Refused,
-            LookupError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ):  # itchat, reading what is no login
-            return self.refusal
+        except (Refused, LookupError, AttributeError, TypeError, ValueError):
+            return self.refusal  # but for Refused, itchat has read what is no login
         if not stored:
             self.keep_session()
         self.welcome(new_names=not stored or not self.logins)
@@ -2736,9 +2729,8 @@ class WeChat(Client):
         Raises Refused when there are none, or when a redirect leads away from WeChat.
         """
         for _ in range(4):
-            host = re.fullmatch(
-                r'https://([a-z0-9.-]+)(:443)?/[!-\[\]-~]*', page
-            )  # no backslash, no @ before
+            # No backslash, and no @ before the path: others read the host differently there.
+            host = re.fullmatch(r'https://([a-z0-9.-]+)(:443)?/[!-\[\]-~]*', page)
             if not host or not ('.' + host[1]).endswith(self.domains):
                 raise Refused
             answer = self.fetch_login_page(page)
