@@ -3581,6 +3581,7 @@ def test_the_runs_so_far_in_a_list_and_their_curves(wechat, tmp_path):
     (tmp_path / 'runs' / '20200101-000000' / 'log.csv').write_text(
         'epoch,loss,train_acc,test_acc,learning_rate,seconds\n1,2.0,0.3,0.4,0.5,1\n2,1.0,0.6,0.95,0.5,1\n'
     )
+    (tmp_path / 'runs' / '20200101-000000' / 'end.json').write_text('[1]')  # damaged
     script = own_script(tmp_path, BACK, head=RELEASING.format(hang=None, nan=3))
     with Program(tmp_path, env=wechat.env(), script=script):
         wechat.ready()

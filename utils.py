@@ -1295,7 +1295,8 @@ def draw_curve(path: str, history: list, losses: list, marks: Iterable = (), num
         below.plot(epochs, train_acc, 'o-', color='tab:orange', label='train acc')
         below.plot(epochs, test_acc, 's--', color='tab:green', label='test acc')
         below.legend(fontsize=12, loc='lower right')
-    above.legend(fontsize=12)
+    if losses or history:
+        above.legend(fontsize=12)
     # A few wild batches must not press the rest to the ground.
     finite = [loss for _, loss in losses if math.isfinite(loss)] + [row[1] for row in history]
     above.set(ylabel='loss')
@@ -1846,7 +1847,7 @@ def runs_text() -> str:
         found = read_run(folder)
         best = found.best()[3] if found.history else 0
         ended = '训练中' if run.busy and folder == run.folder else '中断'
-        with contextlib.suppress(OSError, ValueError, LookupError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing, or damaged
             with open(os.path.join(folder, 'end.json'), encoding='utf-8') as f:
                 ended = json.load(f)['ended'] if ended == '中断' else ended
         when = time.strftime('%m-%d %H:%M', time.localtime(os.path.getmtime(folder)))
