@@ -21,7 +21,7 @@ def nn_train(wechat_name, params):
         net.add(nn.Flatten())
         net.add(nn.Dense(128, activation='relu'))
         net.add(nn.Dense(10))
-    utils.speed_up(net)
+    utils.speed_up(net, softmax_cross_entropy)
     ctx = utils.try_gpu()
     net.initialize(ctx=ctx)
     trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})

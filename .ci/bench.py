@@ -1,12 +1,17 @@
 """Measure the tool side by side with the tutorial's loop and with PyTorch: python .ci/bench.py
 
-All programs train the same network on the same 60,000 drawn images, batch 256, one after the other in
-every round; what counts are the ratios within a round. PyTorch takes part if it is installed
-(pip install torch==2.13.0). The tool is the real program, commanded through the WeChat server of the
-tests on loopback.
+All programs train the same network on the same drawn images, one after the other in every round; what counts
+are the ratios within a round. PyTorch takes part if it is installed (pip install torch==2.13.0). The tool is
+the real program, commanded through the WeChat server of the tests on loopback.
+
+  (nothing)      60,000 images, batch 256, with the tutorial's loop, evaluation, answers and memory
+  --batch        12,288 images, batches of 16 to 1024; tool and PyTorch read loss and accuracy of every batch
+  --neighbour    the same at 16, 64 and 256, beside a process that keeps one core busy
 """
 
 import argparse
+import contextlib
+import functools
 import os
 import re
 import statistics
@@ -110,8 +115,8 @@ def bare(folder):
     return one_round
 
 
-def pytorch(folder, channels_last=False):
-    """The same in PyTorch: images as floats in memory, loss and accuracy added up on the device."""
+def pytorch(folder, variant='', read=False):
+    """The same in PyTorch: images as floats in memory; loss and accuracy added up on the device, or read."""
     import numpy as np
     import torch
     from torch import nn
@@ -131,23 +136,28 @@ def pytorch(folder, channels_last=False):
         nn.ReLU(),
         nn.Linear(128, 10),
     )
-    if channels_last:
+    if variant == 'channels_last':
         net, images = (x.to(memory_format=torch.channels_last) for x in (net, images))
+    if variant == 'torch.compile':
+        net = torch.compile(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    autocast = torch.autocast('cpu', torch.bfloat16, enabled=variant == 'bfloat16 autocast')
 
     def one_round():
-        order = torch.randperm(len(images))[: 80 * BATCH]
+        order = torch.randperm(len(images))[: len(images) if read else 80 * BATCH]
         began, train_loss, train_acc = time.perf_counter(), 0, 0
         for chosen in order.split(BATCH):
             data, label = images[chosen], labels[chosen]
-            output = net(data)
-            loss = nn.functional.cross_entropy(output, label)
+            with autocast:
+                output = net(data)
+                loss = nn.functional.cross_entropy(output, label)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            train_acc = train_acc + (output.argmax(1) == label).float().mean()
-            train_loss = train_loss + loss.detach()
-        train_loss.item(), train_acc.item()
+            correct, loss = (output.argmax(1) == label).float().mean(), loss.detach()
+            train_acc = train_acc + (correct.item() if read else correct)
+            train_loss = train_loss + (loss.item() if read else loss)
+        float(train_loss), float(train_acc)
         return len(order) / (time.perf_counter() - began)
 
     return one_round
@@ -157,12 +167,17 @@ PROGRAMS = {
     'tutorial': tutorial,
     'bare': bare,
     'PyTorch eager': pytorch,
-    'PyTorch channels_last': lambda folder: pytorch(folder, channels_last=True),
+    'PyTorch channels_last': lambda folder: pytorch(folder, 'channels_last'),
 }
+VARIANTS = 'eager', 'channels_last'
+for variant in (*VARIANTS, 'torch.compile', 'bfloat16 autocast'):
+    PROGRAMS[variant + ', reads'] = functools.partial(pytorch, variant=variant, read=True)
 
 
-def work(name, folder):
+def work(name, folder, batch):
     """Be one of the programs: a round for every line on stdin, after one that does not count."""
+    global BATCH
+    BATCH = int(batch)
     one_round = PROGRAMS[name](folder)
     one_round()
     print('READY', flush=True)
@@ -173,14 +188,14 @@ def work(name, folder):
 class Worker:
     """One of the programs in a process of its own."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, batch=BATCH):
         env = {
             key: value
             for key, value in os.environ.items()
             if key not in ('MXNET_ENGINE_TYPE', 'OMP_NUM_THREADS')
         }
         self.process = subprocess.Popen(
-            [sys.executable, __file__, '--worker', name, folder],
+            [sys.executable, __file__, '--worker', name, folder, str(batch)],
             env=env,
             text=True,
             stdin=subprocess.PIPE,
@@ -236,12 +251,14 @@ RUN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], r
 class Tool:
     """wechat_train.py, commanded from WeChat."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, threads=None):
         from test_wechat_train import Program, WeChat
 
-        self.wechat = WeChat(folder)
+        home = tempfile.mkdtemp(dir=folder)
+        self.wechat = WeChat(home)
         self.wechat.patience = 25
-        self.program = Program(folder, '--data', folder, env=self.wechat.env(), python=('-c', CLOCKED + RUN))
+        env = {**self.wechat.env(), **({'OMP_NUM_THREADS': str(threads)} if threads else {})}
+        self.program = Program(home, '--data', folder, env=env, python=('-c', CLOCKED + RUN))
         self.wechat.ready()
         self.wechat.ask('ti 1 lr 0.1')
         self.epochs, self.status, self.stops = [], [], []
@@ -251,6 +268,14 @@ class Tool:
         """Return when the second batch began, the last one and the epoch were done; seconds of a batch."""
         began, done, end, count = map(float, re.findall('CLOCK (.*)', self.program.output())[-1].split())
         return began, done, end, (done - began) / count
+
+    def rate(self, batch):
+        """Train an epoch with batches of this size; return images/s."""
+        so_far = len(self.wechat.heard())
+        self.wechat.ask(f'bs {batch}')
+        self.wechat.ask('开始')
+        self.wechat.wait_text('训练完成', since=so_far)
+        return batch / self.clock()[-1]
 
     def round(self):
         so_far = len(self.wechat.heard())
@@ -309,8 +334,45 @@ def ratios(above, below):
     return [a / b for a, b in zip(above, below)]
 
 
-def prepare(folder):
-    """Write 60,000 + 10,000 drawn images as IDX files, and the training part once more for numpy."""
+def over_batch_sizes(folder, rounds, sizes, neighbour):
+    """Print the table over batch sizes."""
+    fixed = range(1, len(os.sched_getaffinity(0)) + 1) if neighbour else ()
+    tools = {'tool': Tool(folder), **{f'tool, {n} threads': Tool(folder, n) for n in fixed}}
+    extra = ('torch.compile', 'bfloat16 autocast')
+    lines, more = [], []
+    for size in sizes:
+        names = VARIANTS + (extra if size == BATCH and not neighbour else ())
+        workers = {name: Worker(name + ', reads', folder, size) for name in names}
+        rates = {name: [] for name in (*tools, *names)}
+        for tool in tools.values():
+            tool.rate(size)
+        for _ in range(rounds):
+            for name in rates:
+                program = tools.get(name) or workers[name]
+                rates[name].append(program.rate(size) if name in tools else program.round())
+        for worker in workers.values():
+            worker.process.kill()
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        compare = [tuple(tools)[1:], VARIANTS] if neighbour else [VARIANTS]
+        best = [max(names, key=medians.get) for names in compare]
+        share = [spread(ratios(rates['tool'], rates[name])) for name in best]
+        row = [size, *('%.0f' % medians[name] for name in (*tools, *VARIANTS))]
+        lines.append('| %s |' % ' | '.join(map(str, row + [text.replace(' | ', ' / ') for text in share])))
+        more += ['| %s, %d | %.0f |' % (name, size, medians[name]) for name in names if name in extra]
+        print('batch %d: %s' % (size, medians), flush=True)
+    heads = ['tool : best fixed number of threads'] * neighbour + ['tool : faster PyTorch']
+    heads = ['batch', *tools, *('PyTorch ' + name for name in VARIANTS)] + [
+        head + ', min / median / max' for head in heads
+    ]
+    print('\n| %s |\n|%s' % (' | '.join(heads), '---|' * len(heads)), *lines, sep='\n')
+    if more:
+        print('\n| images/s | median |\n|---|---|', *more, sep='\n')
+    for tool in tools.values():
+        tool.program.process.kill()
+
+
+def prepare(folder, n=60000):
+    """Write n + 10,000 drawn images as IDX files, and the training part once more for numpy."""
     import numpy as np
 
     import utils
@@ -318,7 +380,7 @@ def prepare(folder):
 
     for part, times, n, seed in (('train', 5, 12000, 0), ('t10k', 10, 1000, 1)):
         images, labels = utils.draw_garments(n, seed)
-        images, labels = np.tile(images, (times, 1, 1)), np.tile(labels, times)
+        images, labels = np.tile(images, (times, 1, 1))[:n], np.tile(labels, times)[:n]
         write_idx(os.path.join(folder, part + '-images-idx3-ubyte.gz'), images)
         write_idx(os.path.join(folder, part + '-labels-idx1-ubyte.gz'), labels)
         if part == 'train':
@@ -331,10 +393,20 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--rounds', type=int, default=7, help='interleaved rounds (default 7)')
-    parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument('--batch', action='store_true', help='the table over batch sizes')
+    parser.add_argument('--neighbour', action='store_true', help='the same beside a busy process')
+    parser.add_argument('--worker', nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(*args.worker)
+    if args.batch or args.neighbour:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            prepare(folder, 12288)
+            if args.neighbour:
+                busy = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+                stack.callback(busy.kill)
+            sizes = (16, 64, 256) if args.neighbour else (16, 32, 64, 128, 256, 1024)
+            return over_batch_sizes(folder, args.rounds, sizes, args.neighbour)
     names = ['tutorial', 'bare']
     try:
         import torch
