@@ -2,8 +2,9 @@
 
 Read from top to bottom, in the order in which things happen:
 
-    what is said -> before MXNet -> the command line -> the data -> the device, the accuracy -> its speed
-    -> what a training loop calls -> class Run -> the files of a run
+    what is said -> before MXNet -> the command line -> the data -> the device, the accuracy
+    -> its speed (class Threads, blocks of 16, one update) -> what a training loop calls
+    -> class Run -> the files of a run
     -> class People -> what a person in the chat can say -> class Mail
     -> class Client, its children WeChat, FileHelper, Terminal -> the client in itchat's place
 
@@ -660,14 +661,11 @@ class Compiler:
         if self.threads in self.kept:
             net._cached_op, net._cached_op_args, net._cached_graph = self.kept[self.threads]
             return
-        copying = (
-            inputs[0].shape[0] >= 64
-        )  # with fewer images the cutting costs more than it saves: 1.1 times
+        copying = inputs[0].shape[0] >= 64  # cutting fewer images costs more than it saves: 1.1 times
         net.hybrid_forward = functools.partial(forward_in_blocks, net, copying)
         # MXNet keeps kernels by their parameters, of which this one means nothing on a CPU.
-        net.apply(
-            lambda layer: type(layer) is nn.Conv2D and layer._kwargs.update(workspace=1024 + self.threads)
-        )
+        mark = {'workspace': 1024 + self.threads}
+        net.apply(lambda layer: type(layer) is nn.Conv2D and layer._kwargs.update(mark))
         first, *others = net._children.values()
         if in_blocks(first, *others):  # MXNet finds out too late how many channels come in to cut its filters
             first.weight.shape = first._channels, inputs[0].shape[1], *first._kwargs['kernel']
@@ -775,6 +773,9 @@ def append_zeros(F, arrays, axis, shape):
     return F.concat(*arrays, dim=axis) if len(arrays) > 1 else arrays[0]
 
 
+# --------------------------------------------------------- its speed: all weights in one update
+
+
 updates = weakref.WeakKeyDictionary()  # of an SGD: what its last update was like, and the compiled one
 
 
@@ -783,9 +784,8 @@ def update_at_once(sgd, indices, weights, grads, states, multi_precision=False):
     update_by_itself = functools.partial(
         sgd_update, sgd, indices, weights, grads, states, multi_precision=multi_precision
     )
-    if sgd.momentum or sgd.clip_gradient or sgd.lr_scheduler or multi_precision or autograd.is_recording():
-        return update_by_itself()
-    if not isinstance(indices, tuple):
+    special = sgd.momentum or sgd.clip_gradient or sgd.lr_scheduler or multi_precision
+    if special or autograd.is_recording() or not isinstance(indices, tuple):
         return update_by_itself()
     lrs, wds = sgd._get_lrs(indices), sgd._get_wds(indices)
     like = [sgd.rescale_grad, *lrs, *wds, *map(id, weights), *map(id, grads)]

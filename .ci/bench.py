@@ -376,9 +376,12 @@ def prepare(folder, n=60000):
     """Write n + 10,000 drawn images as IDX files, and the training part once more for numpy."""
     import numpy as np
 
+    own = dict(os.environ)
     import utils
     from test_wechat_train import write_idx
 
+    os.environ.clear()  # what utils sets in it would be the user's choice to a program that inherits it
+    os.environ.update(own)
     for part, times, n, seed in (('train', 5, 12000, 0), ('t10k', 10, 1000, 1)):
         images, labels = utils.draw_garments(n, seed)
         images, labels = np.tile(images, (times, 1, 1))[:n], np.tile(labels, times)[:n]
