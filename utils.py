@@ -30,6 +30,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import ctypes
 import email.utils
 import fcntl
 import functools
@@ -266,6 +267,15 @@ def make_parser() -> argparse.ArgumentParser:
         help='谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以',
     )
     add('--then', metavar='CMD', help='训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown')
+    add('--gpu', type=int, default=0, metavar='I', help='用第几块 GPU，从 0 数起（默认 0）')
+    add('--workers', type=int, default=1, metavar='N', help='由 N 个进程一起训练（默认 1），各用一块 GPU')
+    add(
+        '--host',
+        metavar='IP',
+        help='本机的地址：其余 N-1 个进程在别的机器上，用 --join 加入；只用于信得过的网络',
+    )
+    add('--port', type=int, default=9091, help='与 --host 一起：在哪个端口等它们（默认 9091）')
+    add('--join', metavar='IP:PORT', help='不进微信，只跟着那台机器上的程序训练；--workers 要写得和那里一样')
     add(
         '--trace',
         metavar='FILE',
@@ -301,11 +311,33 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
             find_files(options.data)
         except OSError as error:
             parser.error(f'--data：{error}')
+    check_workers(parser)
     if options.console or options.demo:
         use_client(Terminal())
     elif options.filehelper:
         use_client(FileHelper())
     return options
+
+
+def check_workers(parser: argparse.ArgumentParser) -> None:
+    """Make `team` what the options say; end the program when they are wrong."""
+    if CHILD in os.environ:
+        options.join, options.gpu = os.environ[CHILD].split()[0], int(os.environ[CHILD].split()[1])
+    team.size = team.num_workers = options.workers
+    if options.workers < 1 or (options.workers == 1 and (options.host or options.join)):
+        parser.error('--workers：要大于 0；和 --host、--join 一起时要大于 1')
+    if options.host in ('0.0.0.0', ''):
+        parser.error('--host：要写别的机器找得到这台机器的那个地址')
+    if options.join:
+        host, _, port = options.join.rpartition(':')
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            parser.error('--join：要写成 IP:PORT')
+        team.talks, team.address, options.then = False, (host, int(port)), None
+    elif options.workers > 1:
+        try:
+            team.address = find_address()
+        except (OSError, OverflowError) as error:
+            parser.error(f'--host {options.host} --port {options.port}：{error}')
 
 
 # ------------------------------------------------------------------------------------------ the data
@@ -497,14 +529,17 @@ def draw_garments(n: int, seed: int) -> 'tuple[np.ndarray, np.ndarray]':
 
 
 def try_gpu() -> mx.Context:
-    """Return mx.gpu() when MXNet sees a GPU, else mx.cpu()."""
-    return mx.gpu() if mx.context.num_gpus() else mx.cpu()
+    """Return mx.gpu(), or the one that --gpu names, when MXNet sees a GPU, else mx.cpu()."""
+    return mx.gpu(options.gpu) if mx.context.num_gpus() else mx.cpu()
 
 
 def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
-    """Return the share of rows of `output` (N, classes) whose largest entry is at `label` (N,)."""
+    """Return the share of rows of `output` (N, classes) whose largest entry is at `label` (N,).
+
+    With --workers, in a loop over the training data: this process's part of it.
+    """
     label = label.asnumpy()
-    return np.count_nonzero(output.asnumpy().argmax(axis=1) == label) / len(label)
+    return np.count_nonzero(output.asnumpy().argmax(axis=1) == label) / (team.images or len(label))
 
 
 def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Context] = None) -> float:
@@ -513,7 +548,8 @@ def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Contex
     tests = not getattr(data_iterator, 'training', False)
     if isinstance(data_iterator, Batches):  # the training data, too: this is no pass that trains
         data_iterator = data_iterator.read(max(data_iterator.epoch, 1))
-    for data, label in data_iterator:
+    for batch in data_iterator:
+        data, label = team.part(batch)
         output, label = net(data.as_in_context(ctx or try_gpu())).asnumpy(), label.asnumpy().ravel()
         said = output.argmax(axis=1)
         wrong = np.flatnonzero(said != label)
@@ -521,7 +557,10 @@ def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Contex
         total += len(label)
         if tests and len(wrong):
             mistakes.add(data, output[wrong], label, said, wrong)
+        mistakes.shape = data.shape[1:]
+    correct, total = team.meet(correct, total)
     if tests:
+        mistakes.merge()
         with lock:
             run.mistakes = mistakes.kept
     return correct / total
@@ -534,6 +573,7 @@ class Mistakes:
 
     def __init__(self):
         self.kept = []  # (how sure: 0 to 1, the example, its label, what the network says), the surest first
+        self.shape = ()  # of an example
 
     def add(self, data: nd.NDArray, outputs: np.ndarray, label: np.ndarray, said: np.ndarray, wrong: Any):
         """Note those of a batch: `outputs` (n, classes), before softmax, of the n examples at `wrong`."""
@@ -544,7 +584,21 @@ class Mistakes:
             examples = data.asnumpy()
             new = [(float(sure[i]), wrong[i]) for i in best]
             self.kept += [(p, examples[j].copy(), int(label[j]), int(said[j])) for p, j in new]
-            self.kept = sorted(self.kept, key=lambda mistake: -mistake[0])[: self.ROOM]
+            self.keep_surest()
+
+    def keep_surest(self) -> None:
+        """Keep as many as there is room for."""
+        self.kept = sorted(self.kept, key=lambda mistake: -mistake[0])[: self.ROOM]
+
+    def merge(self) -> None:
+        """Take in what the other processes have kept, with --workers."""
+        if team.size > 1:
+            own = np.full((self.ROOM, 3 + math.prod(self.shape)), -1, np.float32)
+            for row, (sure, example, label, said) in zip(own, self.kept):
+                row[:3], row[3:] = (sure, label, said), example.ravel()
+            rows = [row for row in np.concatenate(team.gather(own)) if row[0] >= 0]
+            self.kept = [(float(r[0]), r[3:].reshape(self.shape), int(r[1]), int(r[2])) for r in rows]
+            self.keep_surest()
 
 
 # --------------------------------------------------------------- its speed: the number of threads
@@ -563,16 +617,22 @@ class Threads:
 
     def __init__(self, most: int, tries: bool):
         self.most, self.tries = most, tries
+        self.sets = tries  # does it set the number?
         self.used = self.kept = most  # now; when nothing is being tried
         self.fewer = True  # is the next trial to be with fewer?
         self.times = collections.deque(maxlen=self.WINDOW)  # seconds of the last batches with `kept`
         self.trial = []  # seconds of the batches of a trial
         self.seconds, self.lost = 0.0, 0.0  # of all batches; by trying
 
+    def limit(self, number: int) -> None:
+        """Compute with so many threads, and try no others."""
+        self.used = self.kept = self.most = number
+        self.tries, self.sets = False, True
+
     def use(self, number: int) -> None:
         """Compute with so many threads from here on, in the thread that calls this."""
         self.used = number
-        if self.tries:
+        if self.sets:
             mx.base.check_call(mx.base._LIB.MXSetNumOMPThreads(number))
 
     def begin(self) -> None:
@@ -803,12 +863,16 @@ def update_at_once(sgd, indices, weights, grads, states, multi_precision=False):
 
 
 def compile_update(weights, grads, rescale, lrs, wds):
-    """Return a function that takes a step of SGD: weight - lr (rescale grad + wd weight), for all weights."""
+    """Return a function that takes a step of SGD: weight - lr (rescale grad + wd weight), for all weights.
+
+    It rounds as MXNet's own does: a run may go from one to the other, when it is resumed for instance.
+    """
     arrays, sums = {}, []
     for weight, grad, lr, wd in zip(weights, grads, lrs, wds):
         w, g = (mx.sym.var(f'array{len(arrays) + i}') for i in (0, 1))
         arrays.update({w.name: weight, g.name: grad})
-        sums.append((w * (1 - lr * wd) if wd else w) - g * (lr * rescale))
+        step = g * float(np.float32(lr) * np.float32(rescale))
+        sums.append(w - (step + w * float(np.float32(lr) * np.float32(wd)) if wd else step))
     graph = mx.sym.Group(sums)
     op = nd.CachedOp(graph, [('static_alloc', True), ('static_shape', True)])
     return functools.partial(op, *(arrays[name] for name in graph.list_inputs()), out=list(weights))
@@ -817,6 +881,332 @@ def compile_update(weights, grads, rescale, lrs, wds):
 sgd_update = mx.optimizer.SGD._update_impl
 if not HAS_CUDA:
     mx.optimizer.SGD._update_impl = update_at_once  # 1.1 times with 16 images, where every call counts
+
+
+# ------------------------------------------------------------------- several processes, one chat
+
+
+class Team(mx.kvstore.KVStoreBase):
+    """The processes that train together with --workers: one talks, the others follow. Alone, it does nothing.
+
+    MXNet's parameter server adds up their gradients, each updates its own network: they stay equal to the
+    bit. What the talking one wants travels the same way between two batches, added to the others' zeros; so
+    each must call what adds up equally often, and decide by what came back alone.
+    The main thread starts and ends it, the training thread trains with it, one thread connects, one watches
+    for deaths; `ready` and `over` are what they know of each other. It has no lock.
+    """
+
+    type, rank, num_workers = 'dist_sync', 0, 1
+    WORDS = 512  # bytes of what the talking one says; each travels as a float32, there are no others
+    SILENT = 8  # seconds without a sign of life, of which there is one a second; it is asked for twice more
+
+    def __init__(self):
+        self.size, self.talks = 1, True
+        self.address = None  # of the scheduler: host, port
+        self.children = {}  # name -> process on this machine
+        self.ready, self.over = threading.Event(), threading.Event()
+        self.kv, self.keys = None, set()
+        self.agreed = None  # what Run.now() returns in all of them
+        self.images, self.loss = None, None  # of the batch: how many in all; this one's part of its loss
+        self.silences = 0  # in a row
+
+    # -- until all are there
+
+    def start(self, again: bool) -> None:
+        """Be the one that talks: start the scheduler, the server and, without --host, the others."""
+        self.set_up(self.address[0], CORES - 1 if options.host else CORES // self.size)
+        # Those on other machines must have noticed that it is another scheduler, or they disturb it.
+        pause = self.SILENT + 4 if again and options.host else 0
+        for name, role in (('调度', 'scheduler'), ('求和', 'server')):
+            self.add(name, '-c', SERVE, os.path.dirname(os.path.abspath(__file__)), role, str(pause))
+        for i in range(1, 1 if options.host else self.size):
+            gpu = (options.gpu + i) % max(mx.context.num_gpus(), 1)
+            self.add(f'第 {i + 1} 个训练', *sys.argv, **{CHILD: '%s:%d %d' % (*self.address, gpu)})
+        for work in (self.connect, self.watch):
+            threading.Thread(target=work, daemon=True).start()
+
+    def set_up(self, own_host: str, cores: int) -> None:
+        """Let MXNet know where they meet, and how many cores are for this one."""
+        host, port = self.address
+        where = {'DMLC_PS_ROOT_URI': host, 'DMLC_PS_ROOT_PORT': str(port), 'DMLC_NODE_HOST': own_host}
+        who = {'DMLC_NUM_WORKER': str(self.size), 'DMLC_NUM_SERVER': '1', 'DMLC_ROLE': 'worker'}
+        os.environ.update(where, **who, PS_HEARTBEAT_INTERVAL='1')
+        if FOLLOWS_MACHINE:  # one busy thread more than cores, and it is thirty times slower
+            threads.limit(max(1, cores))
+            os.environ['OMP_NUM_THREADS'] = str(threads.most)
+
+    def add(self, name: str, *arguments: str, **env: str) -> None:
+        """Start a process on this machine that ends with this one."""
+        alone = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.DEVNULL, 'start_new_session': True}
+        alone['preexec_fn'] = functools.partial(end_with, os.getpid())
+        alone['env'] = {**os.environ, **env}
+        self.children[name] = subprocess.Popen([sys.executable, *arguments], **alone)
+
+    def connect(self) -> None:
+        """Wait until all have come."""
+        self.kv = mx.kv.create(self.type)
+        self.rank = self.kv.rank  # in the order of addresses and ports: the one that talks may have any
+        self.ready.set()
+
+    # -- while they train
+
+    def begin(self, this_run: Any) -> bool:
+        """Wait until all are there and begin with `this_run`; return False when 停止 came before."""
+        if self.size == 1:
+            return True
+        self.images = self.loss = None
+        np.random.seed(this_run.seed % 2**32)  # who shuffles with it shuffles alike
+        while self.talks and not self.ready.wait(0.2):
+            with lock:
+                if not running:
+                    return False
+        if self.talks:
+            content = read_private(this_run.checkpoint) if this_run.resumed is not None else b''
+            self.agreed = True, this_run.learning_rate, this_run.training_iters
+            values = {'agreed': self.agreed, 'seed': this_run.seed, 'batch_size': this_run.batch_size}
+            self.exchange({**values, 'name': this_run.person.name, 'length': len(content)})
+            self.share(content)
+        return True
+
+    def part(self, batch: Any) -> Any:
+        """Return this process's share of a batch, that is of the rows of each array in it."""
+        if self.size == 1:
+            return batch
+        n = len(batch[0])
+        self.images = n if n >= self.size else n * self.size
+        if n < self.size:  # not one for each: each takes them all
+            return batch
+        first, last = n * self.rank // self.size, n * (self.rank + 1) // self.size
+        return [array[first:last] for array in batch]
+
+    def end_batch(self) -> None:
+        """Agree on how to go on after a batch; raise FloatingPointError in all when one's loss is NaN."""
+        if self.size > 1:
+            loss, self.loss = self.loss, None
+            (mean,) = self.meet(loss or 0.0)
+            if loss is not None:
+                keep_loss(mean)
+
+    def meet(self, *sums: float) -> Any:
+        """Return `sums` added up over all processes, and agree on how to go on."""
+        if self.size == 1:
+            return sums
+        with lock:
+            words = running, run.learning_rate, run.training_iters
+        self.images = None
+        self.agreed, sums = self.exchange(words, sums)
+        return sums
+
+    def exchange(self, words: Any, sums: Any = ()) -> tuple:
+        """Return the talking one's words (JSON) and the sums of all processes' numbers (float32)."""
+        text = json.dumps(words).encode() if self.talks else b''
+        numbers = np.zeros(self.WORDS + len(sums), np.float32)
+        numbers[: len(text)] = np.frombuffer(text, np.uint8)
+        numbers[self.WORDS :] = sums
+        numbers = self.sum('words', numbers)
+        text = numbers[: self.WORDS].astype(np.uint8).tobytes().rstrip(b'\0')
+        return json.loads(text), numbers[self.WORDS :].tolist()
+
+    def share(self, content: bytes) -> bytes:
+        """Return the talking one's bytes; the others give as many zeros."""
+        numbers = np.frombuffer(content, np.uint8).astype(np.float32)
+        return self.sum('bytes', numbers).astype(np.uint8).tobytes() if content else content
+
+    def gather(self, array: np.ndarray) -> list:
+        """Return the arrays of all processes, in the order of their ranks: of one shape, float32 or bytes."""
+        numbers = np.zeros((self.size, *array.shape), np.float32)
+        numbers[self.rank] = array
+        return list(self.sum('arrays', numbers).astype(array.dtype))
+
+    def sum(self, name: str, numbers: np.ndarray) -> np.ndarray:
+        """Return the sum of all processes' `numbers` (float32, one shape)."""
+        numbers = nd.from_numpy(numbers)
+        self.pushpull(name, [numbers])
+        return numbers.asnumpy()
+
+    def pushpull(self, key, value, out=None, priority=0):
+        """Let `out` become the sum of all processes' `value`, a list for one device: Trainer's gradients."""
+        (value,), (out,) = value, out or value
+        key = f'{key} {value.shape}'
+        if key not in self.keys:  # once: a second time would wait for ever
+            self.kv.init(key, nd.zeros(value.shape))
+            self.keys.add(key)
+        if value.dtype == np.float32:
+            return self.kv.pushpull(key, value, out, priority)
+        whole = value.astype(np.float32)  # the store knows nothing else
+        self.kv.pushpull(key, whole, whole, priority)
+        out[:] = whole
+
+    def broadcast(self, key, value, out, priority=0):
+        """Let `out` become what the talking one has: a Trainer's parameters, before its first step."""
+        self.pushpull(key, [value if self.talks else nd.zeros_like(value)], out)
+        nd.waitall()  # or the first gradients might overtake them
+
+    @staticmethod
+    def is_capable(capability):
+        return False  # no optimizer on the server: it would not hear of a new learning rate
+
+    # -- what the others do
+
+    def follow(self, nn_train: Callable) -> None:
+        """Train along with the one that talks whenever it begins, until its end."""
+        global run, running
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, whatever it waits for
+        with waiting_for('在等 %s:%d 上的程序' % self.address):
+            while not self.own_address():  # MXNet would wait for ever for one that is gone
+                self.over.wait(0.5)
+        self.set_up(self.own_address(), CORES)
+        threading.Thread(target=self.leave_when_silent, args=(1,), daemon=True).start()
+        self.connect()
+        say('都到了，等那边说“开始”。')
+        while True:
+            said, _ = self.exchange(None)
+            if said is None:
+                os._exit(0)
+            content = self.share(bytes(said['length']))
+            with lock:
+                run = Run(Person(said['name'], None), nn_train)
+                run.busy = running = True
+                if content:
+                    run.resume('', read_checkpoint(content))
+                    run.checkpoint = content
+                run.seed, run.batch_size = said['seed'], said['batch_size']
+            self.agreed = said['agreed']
+            train(nn_train, run)
+
+    def own_address(self) -> str:
+        """Return by which of its addresses this machine reaches the scheduler; '' when it does not."""
+        with contextlib.suppress(OSError), socket.create_connection(self.address, 5) as s:
+            return s.getsockname()[0]
+        return ''
+
+    # -- deaths
+
+    def is_silent(self, group: int) -> bool:
+        """Return whether one of a group (1: the scheduler; 6: all but that) has given no sign of life."""
+        n = ctypes.c_int()
+        call = mx.base._LIB.MXKVStoreGetNumDeadNode
+        mx.base.check_call(call(self.kv.handle, group, ctypes.byref(n), self.SILENT))
+        self.silences = self.silences + 1 if n.value else 0
+        return self.silences > 2
+
+    def leave_when_silent(self, group: int) -> None:
+        """End this process when one of a group is silent: a thread of those that do not talk."""
+        while not self.is_silent(group) if self.ready.is_set() else self.own_address():
+            self.over.wait(1)
+        self.leave()
+
+    def leave(self) -> None:
+        """End a process that does not talk, after a death or an error; on another machine it begins again."""
+        if options.join and CHILD not in os.environ:
+            begin_again()
+        os._exit(1)
+
+    def watch(self) -> None:
+        """Wait for a death, tell it and begin the program again: a thread of the one that talks."""
+        began, dead, silent = time.monotonic(), [], False
+        while not dead and not silent:
+            if self.over.wait(1):
+                return
+            dead = [name for name, child in self.children.items() if child.poll() is not None]
+            silent = self.ready.is_set() and self.is_silent(1)
+        what = f'{dead[0]}进程没有了' if dead and dead != ['调度'] else '有一个训练进程没有回应了'
+        if not self.ready.is_set() and time.monotonic() - began < 30:  # it would be the same again
+            itchat.instance.ending = True
+            itchat.instance.begin_again(f'{what}：几个进程没有能一起开始，程序结束。原因可能在终端上。')
+        itchat.instance.begin_again(f'{what}，这次训练到此为止。程序自己重新启动，不用扫码。')
+
+    def end_run(self, this_run: Any) -> None:
+        """A run is over. After an error in one, the others may wait for it for ever: begin all again."""
+        if self.size > 1 and not isinstance(this_run.error, (FloatingPointError, type(None))):
+            if not self.talks:
+                self.over.wait(5)  # if the one that talks has met with the same, it is the one to tell it
+                self.leave()
+            itchat.instance.begin_again()
+
+    def end(self, status: Optional[int] = None) -> None:
+        """End the other processes; with a status, the program."""
+        if self.ready.is_set() and not self.over.is_set():
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                training_thread.submit(self.exchange, None).result(5)
+        self.over.set()
+        for child in self.children.values():
+            child.kill()
+            child.wait()
+        if self.children and status is not None:
+            sys.stdout.flush()
+            os._exit(status)  # MXNet would wait for the others
+
+
+CHILD = 'WECHAT_TRAIN_CHILD'  # in the environment of one that Team.start() has started: --join, --gpu
+SERVE = 'import sys; sys.path.insert(0, sys.argv[1]); import utils; utils.serve(*sys.argv[2:])'
+
+
+def end_with(parent: int) -> None:
+    """In a new process: be killed when `parent` ends, however it does."""
+    with contextlib.suppress(AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def serve(role: str, pause: str) -> None:
+    """Be the scheduler or the server, after a pause, until the one that talks ends it: a whole process."""
+    team.over.wait(float(pause))
+    os.environ['DMLC_ROLE'] = role
+    team.kv = mx.kv.create('dist')
+    if role == 'scheduler':  # it alone can tell when another one is silent
+        threading.Thread(target=watch_nodes, daemon=True).start()
+    # MXNet's own function would unpickle what comes, from whomever.
+    ignore = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *args: None)
+    mx.base.check_call(mx.base._LIB.MXKVStoreRunServer(team.kv.handle, ignore, None))
+
+
+def watch_nodes() -> None:
+    """End the scheduler when another process is silent: a thread of it."""
+    team.address = os.environ['DMLC_PS_ROOT_URI'], int(os.environ['DMLC_PS_ROOT_PORT'])
+    while not team.own_address():  # before it listens, MXNet would crash at the question
+        team.over.wait(0.5)
+    team.ready.set()
+    team.leave_when_silent(6)
+
+
+def find_address() -> tuple:
+    """Return where the scheduler is to be, host and port. Raises OSError when that cannot be."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((options.host or '127.0.0.1', options.port if options.host else 0))
+        return s.getsockname()
+
+
+def missing_processes() -> str:
+    """Return how many processes are still to come, in words; '' when all are there."""
+    if team.size == 1 or team.ready.is_set():
+        return ''
+    come = connected_to(team.address[1])  # the scheduler's own and the server's are among them
+    others = sorted({host for host in come if host != team.address[0]})
+    note = f'，从 {"、".join(others)} 来的已经到了' if others else ''
+    return f'在等 {min(max(team.size + 2 - len(come), 1), team.size - 1)} 个训练进程加入{note}'
+
+
+NEEDED = 'store', 'total', 'accuracy', 'batch_loss'  # what a function must call that several processes train
+
+
+def objection_to(nn_train: Callable) -> str:
+    """Return why several processes cannot train `nn_train`; '' when they can."""
+    missing = [f'utils.{name}' for name in NEEDED if not calls(nn_train, name)]
+    if team.size == 1 or not missing:
+        return ''
+    return f'这个训练函数只能用一个进程：{team.size} 个一起，它要调用 {"、".join(missing)}（见 README）。'
+
+
+def connected_to(port: int) -> list:
+    """Return the addresses from which somebody is connected to a port of this machine (Linux)."""
+    with contextlib.suppress(OSError), open('/proc/net/tcp') as f:
+        rows = [line.split()[1:4] for line in f][1:]  # local and remote address, state: 01 is connected
+        hosts = [remote[:8] for local, remote, state in rows if (local[9:], state) == (f'{port:04X}', '01')]
+        return [socket.inet_ntoa(bytes.fromhex(host)[::-1]) for host in hosts]
+    return []
 
 
 # ------------------------------------------------------------------------- what a training loop calls
@@ -832,9 +1222,10 @@ training_iters = 2  # epochs
 
 def lock_start() -> bool:
     """Return True while the run may go on: from 开始 until 停止. A training loop asks before an epoch."""
+    team.meet()
     with lock:
         run.start_clock()
-        return running
+        return run.now()[0]
 
 
 def params() -> tuple:
@@ -845,7 +1236,22 @@ def params() -> tuple:
     """
     with lock:
         run.live = True
-        return run.learning_rate, run.training_iters, run.batch_size
+        return (*run.now()[1:], run.batch_size)
+
+
+def store() -> Any:
+    """Return what a Trainer takes as its kvstore: with --workers, the one that adds up all gradients."""
+    return team if team.size > 1 else 'device'
+
+
+def total(n: int) -> int:
+    """Return how many images the batch has in which this process has `n`: what trainer.step() takes.
+
+    Raises RuntimeError when there are --workers and the batch does not come from progress().
+    """
+    if team.size > 1 and not team.images:
+        raise RuntimeError('几个进程一起训练，训练的数据要从 utils.progress(train_data) 来')
+    return team.images or n
 
 
 def progress(train_data: Iterable) -> Iterator:
@@ -864,16 +1270,19 @@ def progress(train_data: Iterable) -> Iterator:
     else:
         batches = itertools.islice(train_data, done, None)
     name = f'第 {epoch} 轮' if epoch else None
-    with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, disable=None) as bar:
+    shown = None if team.talks else True  # None: on a terminal
+    with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, disable=shown) as bar:
         for batch in waiting_for_first(bar, '第一批正在算') if counted and run.passes == 1 else bar:
             began = time.perf_counter()
-            yield batch
+            yield team.part(batch) if counted else batch
             if counted and 1 < run.batch + 1 < total:  # the first one compiles, the last one may be smaller
                 threads.count(time.perf_counter() - began)
+            if counted:
+                team.end_batch()
             with lock:
                 if counted:
                     run.count_batch()
-                    if not running:
+                    if not run.now()[0]:
                         return
     if counted:
         with lock:
@@ -891,13 +1300,22 @@ def waiting_for_first(batches: Iterable, what: str) -> Iterator:
 def batch_loss(loss: nd.NDArray) -> float:
     """Return the mean of the losses of a batch (N,), and keep it for 状态 and 曲线.
 
-    Raises FloatingPointError when it is NaN or infinite: nothing good can come of that run.
+    With --workers, return this process's part of it. Raises FloatingPointError when it is NaN or infinite:
+    nothing good can come of that run.
     """
+    if team.images:  # progress() adds up the parts
+        team.loss = float(loss.asnumpy().sum()) / team.images
+        return team.loss
     value = float(loss.asnumpy().mean())
+    keep_loss(value)
+    return value
+
+
+def keep_loss(value: float) -> None:
+    """Keep the loss of a batch. Raises FloatingPointError when it is not finite."""
     with lock:
         run.losses.add(run.epochs + (run.batch + 1) / max(run.batches, run.batch + 1), value)
     check_finite(value)
-    return value
 
 
 def check_finite(loss: float) -> None:
@@ -923,7 +1341,8 @@ def chat_inf(
     Raises FloatingPointError when the loss is not finite.
     """
     global running
-    loss, train_acc = float(train_loss) / len(train_data), float(train_acc) / len(train_data)
+    loss, train_acc = team.meet(float(train_loss), float(train_acc))
+    loss, train_acc = loss / len(train_data), train_acc / len(train_data)
     numbers = {name: float(value) for name, value in numbers.items()}
     with lock:
         if run.is_cut_short():
@@ -954,10 +1373,11 @@ def load_checkpoint(net: Any, trainer: Any) -> tuple:
             checkpoint.extractall(folder)
         net.load_parameters(os.path.join(folder, 'net.params'), ctx=try_gpu())
         trainer.load_states(os.path.join(folder, 'trainer.states'))
-    trainer.set_learning_rate(run.learning_rate)
     with lock:
+        learning_rate = run.now()[1]
         run.loaded = True
-    return state['epoch'], state['train_loss'], state['train_acc']
+    trainer.set_learning_rate(learning_rate)
+    return (state['epoch'], *own_sums(state))
 
 
 def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_acc: Any) -> tuple:
@@ -972,6 +1392,8 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
         state = run.state(*here)
         losses = np.array(run.losses.points)
         is_best = not state['batch'] and run.best() is not None and run.best() is run.history[-1]
+    if team.size > 1:
+        add_sums(state)
     if not state['epochs'] and not state['batch']:
         return here  # nothing has been learned yet
     for name, parameter in net.collect_params().items():
@@ -1003,6 +1425,21 @@ def chat_send(text: str) -> None:
     """Send `text` to the one who started the run and to the supervisors; returns at once."""
     with lock:
         run.tell(text)
+
+
+def add_sums(state: dict) -> None:
+    """Put the sums of all processes into what a checkpoint holds, and each one's own."""
+    own = np.array([state['train_loss'], state['train_acc']])
+    rows = [row.view(float).tolist() for row in team.gather(own.view(np.uint8))]
+    state.update(zip(('train_loss', 'train_acc'), map(sum, zip(*rows))), parts=rows)
+
+
+def own_sums(state: dict) -> tuple:
+    """Return the sums of loss and accuracy with which this process goes on from a checkpoint."""
+    parts = state.get('parts', ())
+    if len(parts) == team.size:
+        return tuple(parts[team.rank])
+    return (state['train_loss'], state['train_acc']) if team.talks else (0, 0)
 
 
 # --------------------------------------------------------------------------------------- a run
@@ -1116,6 +1553,10 @@ class Run:
 
     # -- what the training loop does
 
+    def now(self) -> tuple:
+        """Return what training goes by: may it go on, learning rate, number of epochs."""
+        return team.agreed or (running, self.learning_rate, self.training_iters)
+
     def start_clock(self) -> None:
         """Note that the data and the network are ready, if it is not noted yet."""
         if self.began is None and self.busy:
@@ -1157,7 +1598,7 @@ class Run:
 
     def is_cut_short(self) -> bool:
         """Return whether 停止 came in the middle of a pass over the training data."""
-        return self.in_epoch and not running
+        return self.in_epoch and not self.now()[0]
 
     def finish_epoch(
         self, epoch: int, loss: float, train_acc: float, test_acc: float, numbers: dict
@@ -1235,6 +1676,8 @@ class Run:
 
     def tell(self, letter: Any) -> None:
         """Send what mail.put() takes to the one who started the run and to every supervisor."""
+        if not team.talks:
+            return
         for person in people.audience(self.person):
             mail.put(person, letter)
 
@@ -1245,6 +1688,7 @@ class Run:
             lines[0] += '：' + self.how_far() + ('' if self.busy else '（上次）')
         else:
             lines += filter(None, [resume_offer()])
+        lines += filter(None, [missing_processes()])
         if self.losses.last is not None:
             lines.append(f'最近一批损失 {self.losses.last:.4g}')
         if self.history:
@@ -1341,8 +1785,10 @@ class Run:
         """Let write(path) write the file `name`, whole or not at all; return its path.
 
         When the disk would not have it, tell that `what` was not written, once until it works again, and
-        return None.
+        return None. One of the --workers that does not talk writes nothing.
         """
+        if not team.talks:
+            return None
         try:
             path = os.path.join(self.make_folder(), name)
             write_whole(path, write)
@@ -1380,14 +1826,14 @@ def data_note() -> str:
 def device() -> str:
     """Return the name of the device that trains."""
     ctx = try_gpu()
-    return f'GPU {ctx.device_id}' if ctx.device_type == 'gpu' else 'CPU'
+    name = f'GPU {ctx.device_id}' if ctx.device_type == 'gpu' else 'CPU'
+    return name + (f'，{team.size} 个进程一起' if team.size > 1 else '')
 
 
 def gpu_state() -> str:
     """Return what nvidia-smi says of the GPU that trains; it may take a moment."""
-    query = (
-        'nvidia-smi --id=0 --query-gpu=utilization.gpu,memory.used,memory.total --format=csv,noheader,nounits'
-    )
+    query = f'nvidia-smi --id={options.gpu} --query-gpu=utilization.gpu,memory.used,memory.total'
+    query += ' --format=csv,noheader,nounits'
     try:
         done = subprocess.run(query.split(), capture_output=True, text=True, timeout=5, check=True)
         return '\nGPU 使用率 %s%%，显存 %s/%s MB' % tuple(done.stdout.strip().split(', '))
@@ -1600,7 +2046,7 @@ def read_run(folder: str) -> Run:
     return found
 
 
-def read_checkpoint(path: str) -> dict:
+def read_checkpoint(path: Any) -> dict:
     """Return what save_checkpoint() kept in `path`, less the network and the optimizer.
 
     Raises ValueError when it is damaged, PermissionError when others could have put it there.
@@ -1650,12 +2096,14 @@ def resume_offer() -> str:
     return f'有没训练完的：{found.how_far()}，发“继续”接着训练'
 
 
-def open_private(path: str) -> Any:
+def open_private(path: Any) -> Any:
     """Open a file to read bytes that are executed when they are unpickled.
 
     Raises PermissionError, with the way out, unless the file belongs to the user and nobody else can write it
-    or exchange it in its folder.
+    or exchange it in its folder. The bytes of one that another process has handed over are taken as they are.
     """
+    if isinstance(path, bytes):
+        return io.BytesIO(path)
     f = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
     folder = os.path.dirname(os.path.abspath(path))
     if not is_own(os.fstat(f.fileno())) or not (
@@ -1667,6 +2115,12 @@ def open_private(path: str) -> Any:
             f'别人能改写这个文件或它的文件夹，里面可能是别人放的东西；是自己的就 chmod go-w {path} {folder}',
         )
     return f
+
+
+def read_private(path: str) -> bytes:
+    """Return the bytes of such a file."""
+    with open_private(path) as f:
+        return f.read()
 
 
 def is_own(status: os.stat_result) -> bool:
@@ -1780,11 +2234,14 @@ class People:
     def find_again(self) -> None:
         """After a login with new UserNames: find all who are known, and the supervisors, again."""
         friends = itchat.instance.get_friends()[1:]  # the first is the account itself
+        current = {friend['UserName'] for friend in friends}
         with self.guard:
             persons = [*self.supervisors, *self.known.values(), *self.refused]
             self.known = {'filehelper': OWNER}
             for person in dict.fromkeys(persons):
-                if person is not OWNER:
+                if person.user_name in current:  # the program was started again, the login is the same
+                    self.known[person.user_name] = person
+                elif person is not OWNER:
                     person.user_name = None
                     self.find(friends, person.name, person)
             for name in options.supervisor:
@@ -1878,8 +2335,8 @@ class Asked(NamedTuple):
 def start(asked: Asked) -> str:
     """Start the training thread from the beginning."""
     global run
-    if is_busy():
-        return is_busy()
+    if is_busy() or objection_to(asked.nn_train):
+        return is_busy() or objection_to(asked.nn_train)
     run = Run(asked.person, asked.nn_train)
     return f'{data_note()}开始训练{start_thread(asked.nn_train)}\n设备 {device()}\n{run.values()}'
 
@@ -1887,8 +2344,8 @@ def start(asked: Asked) -> str:
 def resume(asked: Asked) -> str:
     """Start the training thread from the last checkpoint."""
     global run, learning_rate, training_iters, batch_size
-    if is_busy():
-        return is_busy()
+    if is_busy() or objection_to(asked.nn_train):
+        return is_busy() or objection_to(asked.nn_train)
     path, state = last_checkpoint()
     if path is None:
         return '没有可以继续的训练，发“开始”从头训练。'
@@ -1943,7 +2400,8 @@ def train(nn_train: Callable, this_run: Run) -> None:
     if NUMPY_2:  # MXNet passes on numbers as they print; numpy's would print as np.int64(3)
         np.set_printoptions(legacy='1.25')
     try:
-        nn_train(this_run.person.name, (this_run.learning_rate, this_run.training_iters, this_run.batch_size))
+        if team.begin(this_run):
+            nn_train(this_run.person.name, (*this_run.now()[1:], this_run.batch_size))
     except BaseException as error:  # sys.exit(), too
         with lock:
             this_run.error = error
@@ -1955,6 +2413,7 @@ def train(nn_train: Callable, this_run: Run) -> None:
             this_run.write('end.json', '结尾', lambda path: write_json(path, {'ended': this_run.ending()}))
         with lock:
             close(this_run, note)
+        team.end_run(this_run)
         gc.collect()  # a network refers to itself; its 60 MB would wait for days
 
 
@@ -2179,8 +2638,15 @@ def chat_supervisor(nn_train: Callable) -> None:
     """Register the handler of friends' text messages; 开始 trains with nn_train(wechat_name, params).
 
     Any `nn_train` will do that calls lock_start, chat_inf and lock_end as a tutorial's loop does. `params`
-    is (learning_rate, training_iters, batch_size).
+    is (learning_rate, training_iters, batch_size). With --join there is no chat: this trains along and does
+    not return.
     """
+    if not team.talks:
+        try:
+            team.follow(nn_train)
+        except Exception:
+            print_traceback()
+            team.leave()
 
     @itchat.msg_register(itchat.content.TEXT)
     def chat_trigger(msg):
@@ -2468,6 +2934,8 @@ class Client(itchat.Core):
         self.interruptible = False  # is the main thread waiting for something that a signal may cut off?
         self.folder_lock = None
         self.process = os.getpid()
+        self.ending = False  # does the program end when the training does?
+        self.again = False  # has it begun again, by itself?
 
     def begin(self) -> None:
         """Begin the program, once; end it when another one is at work in this folder."""
@@ -2475,6 +2943,9 @@ class Client(itchat.Core):
             make_streams_safe()
             self.folder_lock = lock_folder()
             remove_leftovers()
+            self.take_up()
+            if team.size > 1 and not options.logout:
+                team.start(again=self.again)
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, self.leave)
                 signal.signal(signal.SIGTERM, self.leave)
@@ -2513,6 +2984,7 @@ class Client(itchat.Core):
 
         The status is 0; 1 after a crash; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
         """
+        self.ending = True
         with lock:
             if self.exit_signal is not None:
                 countdown.cancel()
@@ -2524,7 +2996,50 @@ class Client(itchat.Core):
             countdown.wait()
             mail.wait()
         write_undelivered(mail.undelivered(), '程序结束了')
-        sys.exit(int(run.error is not None) if self.exit_signal is None else 128 + self.exit_signal)
+        status = int(run.error is not None) if self.exit_signal is None else 128 + self.exit_signal
+        team.end(status)
+        sys.exit(status)
+
+    def begin_again(self, text: str = '') -> None:
+        """Begin the program anew in its process, after telling why: called by a thread that found a reason.
+
+        Whoever was to be supervisor, what was set and what is not sent yet counts there, too.
+        """
+        with lock:
+            if self.ending and not text:  # it ends by itself, and says how
+                return
+            if team.over.is_set():
+                return
+            team.over.set()
+            if text:
+                kept = run.checkpoint and os.path.exists(run.checkpoint) and not self.ending
+                run.tell(text + (f'\n检查点在 {run.checkpoint}，发“继续”接着训练' if kept else ''))
+        if text:
+            say(text)
+        countdown.wait()
+        mail.wait(10 if mail.online else 0)
+        team.end()
+        if self.ending:
+            write_undelivered(mail.undelivered(), '程序结束了')
+            team.end(128 + self.exit_signal if self.exit_signal is not None else 1)
+        self.keep_session()
+        with lock:  # no command is being carried out
+            begin_again(what_is_kept())
+
+    def take_up(self) -> None:
+        """Go on with what_is_kept() of the program before."""
+        global learning_rate, training_iters, batch_size
+        kept = json.loads(os.environ.pop(AGAIN, '{}'))
+        if kept:
+            self.again = True
+            learning_rate, training_iters, batch_size = kept['values']
+            chosen.update(kept['chosen'])
+            options.report_every, options.patience = kept['options']
+            for name, user_name, supervises, texts in kept['persons']:
+                person = people.known.setdefault(user_name, Person(name, user_name))
+                people.supervisors += [person] * supervises
+                for text in texts:
+                    mail.put(person, text)
 
     def log(self, text: str) -> None:
         """Print what goes through the chat."""
@@ -2536,6 +3051,30 @@ class Client(itchat.Core):
     def server_time(self) -> float:
         """Return the time by the clock that the messages' CreateTime is of."""
         return time.time()
+
+
+AGAIN = 'WECHAT_TRAIN_AGAIN'  # the variable of the environment with what_is_kept()
+
+
+def what_is_kept() -> dict:
+    """Return what has been said to this program that counts after it has begun again, too."""
+    letters = [(person, letter) for person, letter in mail.undelivered() if isinstance(letter, str)]
+    persons = dict.fromkeys([*people.supervisors, *(person for person, _ in letters)])
+    rows = [
+        (p.name, p.user_name, p in people.supervisors, [text for q, text in letters if q is p])
+        for p in persons
+    ]
+    values = {'values': (learning_rate, training_iters, batch_size), 'chosen': sorted(chosen)}
+    return {**values, 'options': (options.report_every, options.patience), 'persons': rows}
+
+
+def begin_again(kept: Any = None) -> None:
+    """Begin this program anew in its process."""
+    if FOLLOWS_MACHINE:
+        os.environ.pop('OMP_NUM_THREADS')  # it is not the user's
+    sys.stdout.flush()
+    command = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]  # Python 3.10
+    os.execve(sys.executable, [sys.executable, *command], {**os.environ, AGAIN: json.dumps(kept)})
 
 
 def watch() -> None:
@@ -2597,6 +3136,7 @@ class Terminal(Client):
                 if not sys.stdin.isatty():
                     tqdm.write('> ' + line.rstrip())
                 self.receive(line)
+            self.ending = True
             if run.busy and sys.stdin.isatty():
                 say('训练完就结束；现在就要停，按 Ctrl-C。')
             with self.waiting():
@@ -3518,5 +4058,5 @@ for name, value in list(vars(itchat).items()):
         setattr(itchat, name, delegate(name))
 
 run = Run()  # the run that is going on, or the last one
-people, mail, countdown = People(), Mail(), Countdown()
+people, mail, countdown, team = People(), Mail(), Countdown(), Team()
 use_client(WeChat())

@@ -24,7 +24,7 @@ def nn_train(wechat_name, params):
     utils.speed_up(net, softmax_cross_entropy)
     ctx = utils.try_gpu()
     net.initialize(ctx=ctx)
-    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate}, utils.store())
     epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)  # 1, 0, 0 unless this is 继续
     while utils.lock_start() and epoch <= utils.params()[1]:  # `ti 8` moves the end
         for data, label in train_data:  # with a bar on the terminal; ends at 停止
@@ -34,7 +34,7 @@ def nn_train(wechat_name, params):
                 output = net(data.as_in_context(ctx))
                 loss = softmax_cross_entropy(output, label)
             loss.backward()
-            trainer.step(data.shape[0])
+            trainer.step(utils.total(data.shape[0]))  # of all --workers
             train_acc += utils.accuracy(output, label)
             train_loss += utils.batch_loss(loss)
         test_acc = utils.evaluate_accuracy(test_data, net, ctx)
