@@ -535,6 +535,14 @@ class Answerer(http.server.BaseHTTPRequestHandler):
 
 # --------------------------------------------------------------------------- a program under test
 
+QUICK = """
+import utils, itchat, runpy, sys
+utils.options.retry = 0.1
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""  # what failed is tried again sooner
+SHORT_TIMEOUTS = QUICK.replace('sys.argv =', 'itchat.config.TIMEOUT = 1, 2\nsys.argv =')
+
 
 class Program:
     """wechat_train.py, or another script that uses utils, in a subprocess and a folder of its own."""
@@ -1655,13 +1663,6 @@ WITH_OPTIONS = MAIN.replace("__main__':\n", "__main__':\n    utils.parse_args()\
 
 # ------------------------------------------------------------------------------------------- faults
 
-SHORT_TIMEOUTS = """
-import utils, itchat, runpy, sys
-itchat.config.TIMEOUT = 1, 2
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
 
 def without_fault(name):
     return None
@@ -1724,7 +1725,7 @@ def test_a_logout_on_the_phone_is_followed_by_a_new_qr_code(wechat, images, tmp_
 
 @pytest.mark.parametrize('code', [1205, -1, 1])
 def test_a_refused_message_is_sent_again(wechat, tmp_path, code):
-    with Program(tmp_path, env=wechat.env()) as program:
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK)) as program:
         wechat.ready()
         refusals = [code] * 2
         wechat.breaking = lambda name: refusals.pop() if name == 'webwxsendmsg' and refusals else None
@@ -1851,16 +1852,16 @@ def test_a_refused_account_is_told_in_one_line(wechat, tmp_path, page):
 
 
 def test_a_server_that_is_down_does_not_cost_the_stored_session(wechat, tmp_path):
-    with Program(tmp_path, env=wechat.env()):
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK)):
         wechat.ready()
         wechat.wait(lambda: os.path.exists(tmp_path / 'itchat.pkl'))
     wechat.breaking = lambda name: 500 if name == 'webwxsync' else None
-    with Program(tmp_path, env=wechat.env()) as program:
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK)) as program:
         assert program.process.wait(DEADLINE) == 1
         assert '连不上微信（login.weixin.qq.com）' in program.output() and '扫码' not in program.output()
     wechat.breaking = without_fault
     wechat.receiving = 0
-    with Program(tmp_path, env=wechat.env()):
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK)):
         wechat.ready()
     assert wechat.logins == 1
 
@@ -2109,7 +2110,7 @@ def test_a_picture_that_one_file_host_refuses_goes_to_the_other(helper, tmp_path
     script = own_script(
         tmp_path, 'utils.lock_start(); utils.chat_inf(wechat_name, 1, 1, 1, [0], 1)', WITH_OPTIONS
     )
-    with Program(tmp_path, '--filehelper', env=helper.env(), script=script):
+    with Program(tmp_path, '--filehelper', env=helper.env(), python=('-c', QUICK), script=script):
         helper.ready()
         helper.file_hosts = ('file.wx2.qq.com', 'file.wx.qq.com')
         helper.ask('开始')
@@ -2141,7 +2142,7 @@ def test_1100_is_a_log_out_only_if_the_fetch_is_refused(server, tmp_path):
     options = ['--filehelper'] * (server is FileHelper)
     odd = ['window.synccheck={retcode:"1100",selector:"0"}'] * 2
     usual = phone.on_synccheck
-    with Program(tmp_path, *options, env=phone.env()) as program:
+    with Program(tmp_path, *options, env=phone.env(), python=('-c', QUICK)) as program:
         phone.ready()
         phone.on_synccheck = lambda query: odd.pop() if odd else usual(query)
         assert 'lr = 0.1' in phone.ask('lr 0.1')
@@ -2231,7 +2232,7 @@ def test_a_log_out_that_is_none_and_one_that_is(server, tmp_path, how):
     phone = server(str(tmp_path))
     options, who = (['--filehelper'], 'filehelper') if server is FileHelper else ([], 'B')
     script = own_script(tmp_path, 'utils.lock_start()', WITH_OPTIONS.replace('hotReload=True', how))
-    with Program(tmp_path, *options, env=phone.env(), script=script) as program:
+    with Program(tmp_path, *options, env=phone.env(), python=('-c', QUICK), script=script) as program:
         phone.ready()
         usual, so_far = phone.on_synccheck, len(phone.requests)
         phone.on_synccheck = lambda query: 'window.synccheck={retcode:"1101",selector:"0"}'
@@ -2252,7 +2253,7 @@ def test_a_log_out_that_is_none_and_one_that_is(server, tmp_path, how):
 @pytest.mark.parametrize('fault', [1, 'list'])
 def test_a_picture_that_is_refused_for_good_becomes_a_text(wechat, tmp_path, fault):
     script = own_script(tmp_path, 'utils.lock_start(); utils.chat_inf(wechat_name, 1, 1, 1, [0], 1)')
-    with Program(tmp_path, env=wechat.env(), script=script):
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK), script=script):
         wechat.ready()
         wechat.ask('开始')
         wechat.wait_text('训练完成')
@@ -2275,7 +2276,7 @@ def test_an_init_that_is_refused_with_a_skeleton(helper, tmp_path, user):
         return {key: value for key, value in skeleton.items() if value is not None}
 
     helper.on_webwxinit = init
-    with Program(tmp_path, '--filehelper', env=helper.env()):
+    with Program(tmp_path, '--filehelper', env=helper.env(), python=('-c', QUICK)):
         helper.ready()
         assert helper.host == 'filehelper.weixin.qq.com' and 'lr = 0.1' in helper.ask('lr 0.1')
 
@@ -2497,7 +2498,7 @@ def test_a_nickname_makes_nobody_the_owner(wechat, tmp_path):
 
 def test_a_supervisor_stays_one_whatever_others_are_called(wechat, tmp_path):
     wechat.nicknames, wechat.remarks = {'G': '@小明'}, {'C': '同事'}
-    with Program(tmp_path, '--supervisor', 'B', env=wechat.env()) as program:
+    with Program(tmp_path, '--supervisor', 'B', env=wechat.env(), python=('-c', QUICK)) as program:
         wechat.ready()
         with wechat.changed:
             wechat.nicknames['C'] = 'B'
@@ -2551,7 +2552,7 @@ def test_an_old_command_is_not_obeyed_after_a_start(wechat, tmp_path):
 
 
 def test_an_answer_that_is_none_costs_nothing_and_shows_no_secret(wechat, tmp_path):
-    with Program(tmp_path, env=wechat.env()) as program:
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK)) as program:
         wechat.ready()
         faults = ['list']
         wechat.breaking = lambda name: faults.pop() if name == 'webwxsendmsg' and faults else None
@@ -2683,7 +2684,7 @@ def test_what_is_typed_may_be_no_utf8_and_begin_with_a_byte_order_mark(tmp_path)
 def test_a_login_is_complete_only_with_its_contacts(wechat, tmp_path, fault):
     faults = [fault, fault]
     wechat.breaking = lambda name: faults.pop() if name == 'webwxgetcontact' and faults else None
-    with Program(tmp_path, env=wechat.env()) as program:
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK)) as program:
         wechat.ready()
         assert not faults and wechat.logins == 1 and 'Traceback' not in program.output()
 
@@ -2703,7 +2704,9 @@ def test_a_group_is_put_aside_unread(wechat, tmp_path):
 
 
 def test_one_who_cannot_be_reached_delays_nobody(wechat, tmp_path):
-    with Program(tmp_path, '--supervisor', 'B', '--supervisor', '老王', env=wechat.env()) as program:
+    with Program(
+        tmp_path, '--supervisor', 'B', '--supervisor', '老王', env=wechat.env(), python=('-c', QUICK)
+    ) as program:
         wechat.ready()
         wechat.refusing = {'D': 1}
         wechat.says('D', 'lr 0.7')
@@ -2731,7 +2734,7 @@ def test_many_waiting_reports_become_a_few_messages(wechat, tmp_path):
         """,
         head='utils.Run.write = lambda *args: None',
     )
-    with Program(tmp_path, env=wechat.env(), script=script):
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK), script=script):
         wechat.ready()
         wechat.ask('ti 2000')
         so_far = {name: len(wechat.heard(name)) for name in ('B', 'filehelper')}
@@ -2797,11 +2800,13 @@ def test_then_waits_for_its_announcement_and_can_be_called_off_meanwhile(wechat,
     script = own_script(
         tmp_path, 'utils.lock_start()', head='utils.options.then_delay = 0.2', main=WITH_OPTIONS
     )
-    with Program(tmp_path, '--then', 'echo x >> then.txt', env=wechat.env(), script=script) as program:
+    with Program(
+        tmp_path, '--then', 'echo x >> then.txt', env=wechat.env(), python=('-c', QUICK), script=script
+    ) as program:
         wechat.ready()
         wechat.breaking = lambda name: 1205 if name == 'webwxsendmsg' else None
         wechat.says('B', '开始')
-        program.wait_output('Ret 1205', 3)  # three seconds
+        program.wait_output('Ret 1205', 3)
         assert not (tmp_path / 'then.txt').exists()
         wechat.says('B', '取消')
         program.wait_output('B：取消')
@@ -3152,7 +3157,7 @@ def test_speed_up_leaves_others_convolutions_alone_and_can_be_switched_off():
 
 
 def test_a_refused_or_empty_answer_in_passing_costs_no_scan_and_no_haste(wechat, tmp_path):
-    with Program(tmp_path, env=wechat.env()) as program:
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK)) as program:
         wechat.ready()
         codes = [-1, -1]
         wechat.breaking = lambda name: codes.pop() if name == 'webwxsync' and codes else None
@@ -3184,20 +3189,22 @@ def test_contacts_that_are_refused_or_odd(wechat, tmp_path):
     wechat.on_webwxgetcontact = contacts
     usual_sync, wechat.odd = wechat.on_webwxsync, list(odd)
     wechat.on_webwxsync = lambda request: {**usual_sync(request), 'ModContactList': wechat.odd}
-    with Program(tmp_path, env=wechat.env()):
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK)):
         wechat.ready()
         assert not refusals and 'lr = 0.1' in wechat.ask('lr 0.1')
 
 
 def test_a_taken_over_nickname_commands_nothing(wechat, tmp_path):
     """Neither at the start, nor after another scan, nor when the stored session comes back."""
-    with Program(tmp_path, '--supervisor', 'D', env=wechat.env()) as program:  # D is shown as 老王
+    with Program(
+        tmp_path, '--supervisor', 'D', env=wechat.env(), python=('-c', QUICK)
+    ) as program:  # D is shown as 老王
         wechat.nicknames = {'C': 'D'}
         program.wait_output('“D”：有 2 个好友叫这个名字')
         assert wechat.ask('参数', 'C').startswith('抱歉')
     (tmp_path / 'itchat.pkl').unlink()
     wechat.nicknames, wechat.receiving = {}, 0
-    with Program(tmp_path, '--supervisor', 'B', env=wechat.env()):
+    with Program(tmp_path, '--supervisor', 'B', env=wechat.env(), python=('-c', QUICK)):
         wechat.ready()
         for name, nickname in (('B', 'B2'), ('C', 'B')):
             with wechat.changed:
@@ -3273,7 +3280,7 @@ def test_callbacks_that_raise_end_nothing_and_show_no_secret(wechat, tmp_path):
     main = WITH_OPTIONS.replace('hotReload=True', 'hotReload=True, loginCallback=fail, exitCallback=fail')
     head = 'def fail():\n    itchat.get_friends(update=True)'
     script = own_script(tmp_path, 'utils.lock_start()', main, head)
-    with Program(tmp_path, env=wechat.env(), script=script) as program:
+    with Program(tmp_path, env=wechat.env(), python=('-c', QUICK), script=script) as program:
         asked = []
         wechat.breaking = lambda name: (
             name == 'webwxgetcontact'
@@ -3722,6 +3729,237 @@ def test_runs_that_take_much_room_are_told(tmp_path):
         f.truncate(10**9 + 1)  # takes none on the disk
     with Program(tmp_path, '--console') as program:
         assert 'runs/ 有 1.0 GB' in program.types('')[1]
+
+
+# --------------------------------------------------------------------- several processes, one chat
+
+WATCHED = """
+import utils, itchat, os, sys
+import numpy as np
+import wechat_train
+
+stop_at, nan_at, batches = int(sys.argv[1]), int(sys.argv[2]), 0
+utils.parse_args(sys.argv[3:])
+
+def save_checkpoint(net, trainer, epoch, *sums, save=utils.save_checkpoint):
+    "Keep the parameters of this process."
+    values = [parameter.data().asnumpy().ravel() for parameter in net.collect_params().values()]
+    np.save(f'{epoch}-{os.getpid()}.npy', np.concatenate(values))
+    return save(net, trainer, epoch, *sums)
+
+def batch_loss(loss, batch_loss=utils.batch_loss):
+    global batches
+    batches += 1
+    if batches == stop_at and utils.team.talks:
+        itchat.instance.receive('停止')
+    if batches == nan_at and utils.CHILD in os.environ:
+        loss[0] = float('nan')
+    return batch_loss(loss)
+
+utils.save_checkpoint, utils.batch_loss = save_checkpoint, batch_loss
+utils.chat_supervisor(wechat_train.nn_train)
+itchat.auto_login(hotReload=True)
+itchat.run()
+"""
+
+
+def watched(folder):
+    """Write a script that trains the program's network and keeps each process's parameters."""
+    path = folder / 'watched.py'
+    path.write_text(WATCHED)
+    return str(path)
+
+
+def others_of(program, what=''):
+    """Return the numbers of the processes that a program has started and that are `what`."""
+    rows = [row for row in process_table() if row[1] == str(program.process.pid) and what in row[3]]
+    return [int(row[0]) for row in rows]
+
+
+def process_table():
+    """Return number, parent, state, command line of every process that has not ended."""
+    done = subprocess.run(
+        ['ps', '-ww', '-eo', 'pid,ppid,stat,args'], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(None, 3) for line in done.stdout.splitlines()[1:]]
+    return [row for row in rows if row[2][0] != 'Z' and row[3:]]
+
+
+def wait_gone(pids):
+    """Wait until none of these processes is left."""
+    deadline = time.monotonic() + DEADLINE
+    while {int(row[0]) for row in process_table()} & set(pids):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.05)
+
+
+def kept_by_each(folder, epoch):
+    """Return the parameters after an epoch, of each process that has kept them."""
+    return [np.load(path) for path in folder.glob(f'{epoch}-*.npy')]
+
+
+def wait_batches(wechat):
+    """Wait until a run computes."""
+    deadline = time.monotonic() + DEADLINE
+    while '速度' not in wechat.ask('状态'):
+        assert time.monotonic() < deadline
+
+
+def test_two_processes_and_one_chat(wechat, images, tmp_path):
+    """lr in flight, 停止, 继续; a worker, the server, the scheduler killed; at the end nothing is left."""
+    options = '0', '0', '--data', images, '--workers', '2'
+    with Program(tmp_path, *options, script=watched(tmp_path), env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('lr 0.1 ti 100 bs 50')
+        assert '设备 CPU，2 个进程一起' in wechat.ask('开始')
+        wechat.wait_text('第 1/100 轮')
+        assert wechat.ask('lr 0.05').startswith('lr：从下一批起生效\n')
+        wechat.wait_text('第 3/100 轮')
+        since = len(wechat.heard())
+        wechat.ask('停止')
+        stopped = wechat.wait_text('训练已停止', since=since)
+        for epoch in (1, 2, 3):
+            one, other = kept_by_each(tmp_path, epoch)
+            assert np.array_equal(one, other)
+        [folder] = (tmp_path / 'runs').iterdir()
+        deaths = ('watched.py', '第 2 个训练进程'), ('server', '求和进程'), ('scheduler', '一个训练进程')
+        for number, (what, name) in enumerate(deaths, 1):
+            assert '继续训练' in wechat.ask('继续')
+            wait_batches(wechat)
+            since = len(wechat.heard())
+            [pid] = others_of(program, what)
+            os.kill(pid, signal.SIGKILL)
+            told = wechat.wait_text('没有', since=since)
+            assert name in told and '不用扫码' in told and '发“继续”接着训练' in told
+            program.wait_output('没训练完的', number)
+        assert wechat.logins == 1
+        assert re.search('完成 3/.*', stopped)[0] in wechat.ask('继续')
+        wechat.wait_text('第 4/100 轮')
+        with open(folder / 'log.csv') as f:
+            assert {row['learning_rate'] for row in csv.DictReader(f)} == {'0.1', '0.05'}
+        pids = others_of(program)
+        assert len(pids) == 3
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(DEADLINE) == 130
+        wechat.wait_text('训练已停止', since=since)
+        wait_gone(pids)
+
+
+def test_several_processes_compute_what_one_does(images, tmp_path):
+    """Ten batches within 1e-3, whichever engine; stopped at batch 22 and resumed, equal to the bit."""
+    script = watched(tmp_path)
+
+    def train(name, stop_at, *options, typed='lr 0.1 ti 3 bs 300\n开始\n', **env):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        arguments = str(stop_at), '0', '--console', '--data', images, *options
+        with Program(folder, *arguments, script=script, env=env) as program:
+            status, output = program.types(typed)
+        assert status == 0, output
+        return output
+
+    threaded = {'MXNET_ENGINE_TYPE': 'ThreadedEnginePerDevice'}  # as with GPUs
+    train('one', 10)
+    train('unbroken', 0, '--workers', '2')
+    assert '第 3 轮到第 2/10 批' in train('broken', 22, '--workers', '2', **threaded)
+    train('broken', 0, '--workers', '2', typed='继续\n', **threaded)
+    [one] = kept_by_each(tmp_path / 'one', 1)
+    for name in ('unbroken', 'broken'):
+        first, second = kept_by_each(tmp_path / name, 1)
+        assert np.array_equal(first, second) and np.abs(one - first).max() < 1e-3
+    whole, broken = (kept_by_each(tmp_path / name, 3) for name in ('unbroken', 'broken'))
+    assert [sum(np.array_equal(whole[0], each) for each in kept) for kept in (whole, broken)] == [2, 2]
+    assert len(broken) == 4  # two of them of batch 22
+    whole, broken = (
+        utils.read_checkpoint(str(next((tmp_path / name).glob('runs/*/last.zip'))))
+        for name in ('unbroken', 'broken')
+    )
+    assert whole['losses'].points == broken['losses'].points
+    assert [row[:4] for row in whole['history']] == [row[:4] for row in broken['history']]
+
+
+def test_a_nan_in_one_process_stops_all_at_the_same_batch(images, tmp_path):
+    options = '0', '5', '--console', '--data', images, '--workers', '2'
+    with Program(tmp_path, *options, script=watched(tmp_path)) as program:
+        for words, answer in (('lr 0.1 ti 1 bs 300\n开始\n', '训练停下'), ('开始\n', '训练完成')):
+            program.process.stdin.write(words)
+            program.process.stdin.flush()
+            program.wait_output(answer)
+        status, output = program.types('')
+    assert status == 0 and '第 1 轮第 5/10 批' in output and output.count('Traceback') == 1
+    one, other = kept_by_each(tmp_path, 1)
+    assert np.array_equal(one, other)
+
+
+def test_processes_of_another_machine(wechat, images, tmp_path):
+    """Who is missing is said while 开始 waits; one that freezes is told, and another one takes its place."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        address = '127.0.0.1', str(s.getsockname()[1])
+    script, options = watched(tmp_path), ('0', '0', '--data', images, '--workers', '2')
+    there = tmp_path / 'there'
+    there.mkdir()
+
+    def join(log):
+        return Program(there, *options, '--join', ':'.join(address), script=script, log=log)
+
+    host = '--host', address[0], '--port', address[1]
+    with Program(tmp_path, *options, *host, script=script, env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('lr 0.1 ti 100 bs 100')
+        wechat.ask('开始')
+        assert '在等 1 个训练进程加入' in wechat.ask('状态')
+        wechat.ask('停止')
+        wechat.wait_text('训练已停止')
+        with join('first.txt') as first:
+            since = len(wechat.heard())
+            wechat.ask('开始')
+            wechat.wait_text('第 2/100 轮', since=since)  # there is a checkpoint
+            assert '加入' not in wechat.ask('状态')
+            since = len(wechat.heard())
+            first.process.send_signal(signal.SIGSTOP)
+            assert '不用扫码' in wechat.wait_text('一个训练进程没有回应了', since=since)
+        with join('second.txt') as second:
+            program.wait_output('没训练完的')
+            assert '继续训练' in wechat.ask('继续')
+            wechat.wait_text(r'第 \d+/100 轮\n', since=since)
+            pids = [*others_of(program), second.process.pid]
+            program.process.send_signal(signal.SIGTERM)
+            assert program.process.wait(DEADLINE) == 143
+            assert second.process.wait(DEADLINE) == 0
+            wait_gone(pids)
+        assert not (there / 'runs').exists() and wechat.logins == 1
+
+
+TUTORIALS_CALLS = """
+    epoch = 1
+    while utils.lock_start() and epoch <= 2:
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 1)
+        epoch += 1
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_function_for_one_process_is_refused_by_several(tmp_path):
+    output = in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '2')
+    assert 'utils.store、utils.total、utils.accuracy、utils.batch_loss' in output and '第 1' not in output
+    assert '训练完成' in in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '1')
+
+
+@pytest.mark.parametrize(
+    'options, why',
+    [
+        ('--workers 0', '大于 0'),
+        ('--join 127.0.0.1:1', '大于 1'),
+        ('--workers 2 --join here', 'IP:PORT'),
+        ('--workers 2 --host 0.0.0.0', '别的机器'),
+        ('--workers 2 --host 203.0.113.1', '203.0.113.1'),
+    ],
+)
+def test_wrong_options_of_several_processes(tmp_path, options, why):
+    with Program(tmp_path, *options.split()) as program:
+        status, output = program.types('')
+    assert status == 2 and why in output
 
 
 # ----------------------------------------------------------------------------------- the command line

@@ -282,6 +282,7 @@ def make_parser() -> argparse.ArgumentParser:
         help='把每个请求和回答记进 FILE，密钥、名字、文字都涂黑，可以附在问题报告里',
     )
     parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
+    parser.set_defaults(retry=1)  # seconds until what failed is tried again; twice as many every time
     parser.set_defaults(report_every=1, patience=0)  # set by 报告 and 早停
     parser.set_defaults(silence=300)  # seconds without a batch that are told
     return parser
@@ -2405,7 +2406,8 @@ def train(nn_train: Callable, this_run: Run) -> None:
     except BaseException as error:  # sys.exit(), too
         with lock:
             this_run.error = error
-        print_traceback()
+        if team.talks or not isinstance(error, FloatingPointError):  # which is the same in all
+            print_traceback()
     finally:
         lock_end(this_run.person.name)
         note = back_to_best(this_run.folder) if this_run.rolling_back else ''
@@ -2791,7 +2793,7 @@ class Mail:
             with self.changed:
                 if problem:
                     outbox.tries, outbox.late = outbox.tries + 1, True
-                    outbox.due = time.monotonic() + min(2 ** (outbox.tries - 1), 60)
+                    outbox.due = time.monotonic() + min(options.retry * 2 ** (outbox.tries - 1), 60)
                 else:
                     for _ in range(count):
                         outbox.letters.popleft()
@@ -3535,7 +3537,7 @@ class WeChat(Client):
                 if pause > 4:
                     raise requests.RequestException('no contacts') from error
                 say('好友名单没有取到，再试。')
-                time.sleep(pause)
+                time.sleep(options.retry * pause)
                 pause *= 2
 
     def note_contacts(self, contacts: list) -> None:
@@ -3671,7 +3673,7 @@ class WeChat(Client):
     def pause(self, failures: int) -> None:
         """Wait longer after every failure."""
         with self.waiting():
-            time.sleep(min(2 ** (failures - 1), 60))
+            time.sleep(min(options.retry * 2 ** (failures - 1), 60))
 
     def reconnect(self) -> None:
         """Log in again until it works, or a signal comes."""

@@ -7,6 +7,7 @@ the real program, commanded through the WeChat server of the tests on loopback.
   (nothing)      60,000 images, batch 256, with the tutorial's loop, evaluation, answers and memory
   --batch        12,288 images, batches of 16 to 1024; tool and PyTorch read loss and accuracy of every batch
   --neighbour    the same at 16, 64 and 256, beside a process that keeps one core busy
+  --workers      12,288 images, batches of 64 to 1024: one process and two, each of these with one thread
 """
 
 import argparse
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -224,19 +226,28 @@ class Worker:
 CLOCKED = """
 import os, time, utils
 
+stored = 0.0  # seconds in the store that adds up the gradients of --workers
+
+def pushpull(*args, pushpull=utils.Team.pushpull):
+    global stored
+    began = time.time()
+    pushpull(*args)
+    stored += time.time() - began
+
 def read(batches, *args, read=utils.Batches.read):
+    global stored
     for i, batch in enumerate(read(batches, *args)):
         if i == 1 and batches.training:  # the first batch compiles the network
-            batches.began = time.time()
+            batches.began, stored = time.time(), 0.0
         try:
             yield batch
         finally:  # also after 停止
-            batches.done, batches.count = time.time(), i
+            batches.done, batches.count, batches.stored = time.time(), i, stored
 
 def lock_end(wechat_name, lock_end=utils.lock_end):
     now = time.time()
-    numbers = clock.began, clock.done, now, clock.count
-    os.write(1, ('CLOCK %.9f %.9f %.9f %d;' % numbers).encode())  # whole: other threads print, too
+    numbers = clock.began, clock.done, now, clock.count, clock.stored
+    os.write(1, ('CLOCK %.9f %.9f %.9f %d %.9f;' % numbers).encode())  # whole: other threads print, too
     lock_end(wechat_name)
 
 def load(batch_size, load=utils.load_data_fashion_mnist):
@@ -245,6 +256,7 @@ def load(batch_size, load=utils.load_data_fashion_mnist):
     clock = train_data
     return train_data, test_data
 utils.Batches.read, utils.lock_end, utils.load_data_fashion_mnist = read, lock_end, load
+utils.Team.pushpull = pushpull
 """
 RUN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
@@ -252,22 +264,24 @@ RUN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], r
 class Tool:
     """wechat_train.py, commanded from WeChat."""
 
-    def __init__(self, folder, threads=None):
+    def __init__(self, folder, threads=None, *options):
         from test_wechat_train import Program, WeChat
 
         home = tempfile.mkdtemp(dir=folder)
         self.wechat = WeChat(home)
         self.wechat.patience = 25
         env = {**self.wechat.env(), **({'OMP_NUM_THREADS': str(threads)} if threads else {})}
-        self.program = Program(home, '--data', folder, env=env, python=('-c', CLOCKED + RUN))
+        self.program = Program(home, '--data', folder, *options, env=env, python=('-c', CLOCKED + RUN))
         self.wechat.ready()
         self.wechat.ask('ti 1 lr 0.1')
-        self.epochs, self.status, self.stops = [], [], []
+        self.epochs, self.status, self.stops, self.shares = [], [], [], []
         self.round()
 
     def clock(self):
         """Return when the second batch began, the last one and the epoch were done; seconds of a batch."""
-        began, done, end, count = map(float, re.findall('CLOCK ([^;]*);', self.program.output())[-1].split())
+        numbers = map(float, re.findall('CLOCK ([^;]*);', self.program.output())[-1].split())
+        began, done, end, count, stored = numbers
+        self.shares.append(stored / (done - began))
         return began, done, end, (done - began) / count
 
     def rate(self, batch):
@@ -372,8 +386,53 @@ def over_batch_sizes(folder, rounds, sizes, neighbour):
         tool.program.process.kill()
 
 
-def prepare(folder, n=60000):
-    """Write n + 10,000 drawn images as IDX files, and the training part once more for numpy."""
+def several_processes(folder, rounds):
+    """Print images/s of one process and of two, and which part of the time the store takes."""
+    tools = {
+        '1 process, 1 thread': Tool(folder, 1),
+        '1 process, 2 threads': Tool(folder, 2),
+        '2 processes, 1 thread each': Tool(folder, 1, '--workers', '2'),
+    }
+    print('\n| batch | %s | 2 processes : 1 thread | : 2 threads | the store |' % ' | '.join(tools))
+    print('|---' * 7 + '|')
+    for size in (64, 256, 1024):
+        for tool in tools.values():
+            tool.rate(size)
+            tool.shares = []
+        rates = {name: [] for name in tools}
+        for _ in range(rounds):
+            for name, tool in tools.items():
+                rates[name].append(tool.rate(size))
+        one, two, both = rates.values()
+        row = [size, *('%.0f' % statistics.median(values) for values in rates.values())]
+        row += [spread(ratios(both, below)).replace(' | ', ' / ') for below in (one, two)]
+        row += ['%.0f %%' % (100 * statistics.median(tools['2 processes, 1 thread each'].shares))]
+        print('| %s |' % ' | '.join(map(str, row)), flush=True)
+    print('\n| seconds from a death to its message | %s |' % spread([deaths(tool) for _ in range(rounds)], 1))
+    print(
+        '| to that of a frozen one | %s |' % spread([deaths(tool, signal.SIGSTOP) for _ in range(rounds)], 1)
+    )
+    for tool in tools.values():
+        tool.program.process.kill()
+
+
+def deaths(tool, number=signal.SIGKILL):
+    """Kill the second training process, or stop it; return after how many seconds it is told."""
+    from test_wechat_train import others_of, wait_batches
+
+    while '加入' in tool.wechat.ask('状态'):
+        time.sleep(0.1)
+    tool.wechat.ask('ti 1000')
+    tool.wechat.ask('开始')
+    wait_batches(tool.wechat)
+    so_far, began = len(tool.wechat.heard()), time.time()
+    os.kill(others_of(tool.program, '--data')[0], number)
+    tool.wechat.wait_text('不用扫码', since=so_far)
+    return time.time() - began
+
+
+def prepare(folder, total=60000):
+    """Write total + 10,000 drawn images as IDX files, and the training part once more for numpy."""
     import numpy as np
 
     own = dict(os.environ)
@@ -384,7 +443,7 @@ def prepare(folder, n=60000):
     os.environ.update(own)
     for part, times, n, seed in (('train', 5, 12000, 0), ('t10k', 10, 1000, 1)):
         images, labels = utils.draw_garments(n, seed)
-        images, labels = np.tile(images, (times, 1, 1))[:n], np.tile(labels, times)[:n]
+        images, labels = np.tile(images, (times, 1, 1))[:total], np.tile(labels, times)[:total]
         write_idx(os.path.join(folder, part + '-images-idx3-ubyte.gz'), images)
         write_idx(os.path.join(folder, part + '-labels-idx1-ubyte.gz'), labels)
         if part == 'train':
@@ -399,10 +458,15 @@ def main():
     parser.add_argument('--rounds', type=int, default=7, help='interleaved rounds (default 7)')
     parser.add_argument('--batch', action='store_true', help='the table over batch sizes')
     parser.add_argument('--neighbour', action='store_true', help='the same beside a busy process')
+    parser.add_argument('--workers', action='store_true', help='one process and two')
     parser.add_argument('--worker', nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(*args.worker)
+    if args.workers:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(folder, 12288)
+            return several_processes(folder, args.rounds)
     if args.batch or args.neighbour:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             prepare(folder, 12288)
