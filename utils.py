@@ -906,10 +906,9 @@ class Team(mx.kvstore.KVStoreBase):
         self.address = None  # of the scheduler: host, port
         self.children = {}  # name -> process on this machine
         self.ready, self.over = threading.Event(), threading.Event()
-        self.kv, self.keys = None, set()
+        self.kv, self.keys, self.silences = None, set(), 0  # the last: how many, in a row
         self.agreed = None  # what Run.now() returns in all of them
         self.images, self.loss = None, None  # of the batch: how many in all; this one's part of its loss
-        self.silences = 0  # in a row
 
     # -- until all are there
 
@@ -965,7 +964,7 @@ class Team(mx.kvstore.KVStoreBase):
             content = read_private(this_run.checkpoint) if this_run.resumed is not None else b''
             self.agreed = True, this_run.learning_rate, this_run.training_iters
             values = {'agreed': self.agreed, 'seed': this_run.seed, 'batch_size': this_run.batch_size}
-            self.exchange({**values, 'name': this_run.person.name, 'length': len(content)})
+            self.exchange({**values, 'name': this_run.person.name[:20], 'length': len(content)})
             self.share(content)
         return True
 
@@ -1010,8 +1009,10 @@ class Team(mx.kvstore.KVStoreBase):
 
     def share(self, content: bytes) -> bytes:
         """Return the talking one's bytes; the others give as many zeros."""
-        numbers = np.frombuffer(content, np.uint8).astype(np.float32)
-        return self.sum('bytes', numbers).astype(np.uint8).tobytes() if content else content
+        numbers = np.zeros(-(-len(content) // 2**20) * 2**20, np.float32)  # the server keeps every shape
+        numbers[: len(content)] = np.frombuffer(content, np.uint8)
+        numbers = self.sum('bytes', numbers) if content else numbers
+        return numbers[: len(content)].astype(np.uint8).tobytes()
 
     def gather(self, array: np.ndarray) -> list:
         """Return the arrays of all processes, in the order of their ranks: of one shape, float32 or bytes."""
@@ -2369,7 +2370,9 @@ def resume(asked: Asked) -> str:
 
 
 def is_busy() -> str:
-    """Return what to answer when a run is still going on, else ''. Needs the lock."""
+    """Return what to answer when no run can begin now, else ''. Needs the lock."""
+    if team.over.is_set():
+        return '程序正在重新启动，几秒以后再发一次。'
     if running:
         return f'已经在训练了：{run.how_far()}。\n发“停止”可以停下。'
     return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.busy else ''
@@ -3061,6 +3064,8 @@ AGAIN = 'WECHAT_TRAIN_AGAIN'  # the variable of the environment with what_is_kep
 def what_is_kept() -> dict:
     """Return what has been said to this program that counts after it has begun again, too."""
     letters = [(person, letter) for person, letter in mail.undelivered() if isinstance(letter, str)]
+    while len(json.dumps([text for _, text in letters])) > 65536:  # no system takes much more
+        write_undelivered([letters.pop(0)], '程序重新启动了')
     persons = dict.fromkeys([*people.supervisors, *(person for person, _ in letters)])
     rows = [
         (p.name, p.user_name, p in people.supervisors, [text for q, text in letters if q is p])
@@ -3073,7 +3078,7 @@ def what_is_kept() -> dict:
 def begin_again(kept: Any = None) -> None:
     """Begin this program anew in its process."""
     if FOLLOWS_MACHINE:
-        os.environ.pop('OMP_NUM_THREADS')  # it is not the user's
+        os.environ.pop('OMP_NUM_THREADS', None)  # it is not the user's
     sys.stdout.flush()
     command = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]  # Python 3.10
     os.execve(sys.executable, [sys.executable, *command], {**os.environ, AGAIN: json.dumps(kept)})

@@ -165,7 +165,25 @@ def pytorch(folder, variant='', read=False):
     return one_round
 
 
+def sgemm(folder):
+    """Matrix products alone: as many images/s as would be trained if nothing else took time."""
+    import numpy as np
+
+    a = np.ones((2048, 2048), np.float32)
+
+    def one_round():
+        began = time.perf_counter()
+        for _ in range(20):
+            a @ a
+        return (
+            20 * 2 * 2048**3 / 7.5e6 / (time.perf_counter() - began)
+        )  # the network takes 7.5 MFLOP an image
+
+    return one_round
+
+
 PROGRAMS = {
+    'sgemm': sgemm,
     'tutorial': tutorial,
     'bare': bare,
     'PyTorch eager': pytorch,
@@ -228,10 +246,10 @@ import os, time, utils
 
 stored = 0.0  # seconds in the store that adds up the gradients of --workers
 
-def pushpull(*args, pushpull=utils.Team.pushpull):
+def pushpull(*args, pushpull=utils.Team.pushpull, **kwargs):
     global stored
     began = time.time()
-    pushpull(*args)
+    pushpull(*args, **kwargs)
     stored += time.time() - began
 
 def read(batches, *args, read=utils.Batches.read):
@@ -420,10 +438,9 @@ def deaths(tool, number=signal.SIGKILL):
     """Kill the second training process, or stop it; return after how many seconds it is told."""
     from test_wechat_train import others_of, wait_batches
 
-    while '加入' in tool.wechat.ask('状态'):
-        time.sleep(0.1)
     tool.wechat.ask('ti 1000')
-    tool.wechat.ask('开始')
+    while not tool.wechat.ask('开始').startswith('开始训练'):  # the program is being started again
+        time.sleep(0.1)
     wait_batches(tool.wechat)
     so_far, began = len(tool.wechat.heard()), time.time()
     os.kill(others_of(tool.program, '--data')[0], number)
@@ -475,7 +492,7 @@ def main():
                 stack.callback(busy.kill)
             sizes = (16, 64, 256) if args.neighbour else (16, 32, 64, 128, 256, 1024)
             return over_batch_sizes(folder, args.rounds, sizes, args.neighbour)
-    names = ['tutorial', 'bare']
+    names = ['tutorial', 'bare', 'sgemm']
     try:
         import torch
 
