@@ -26,6 +26,7 @@ if sys.version_info >= (3, 15):
     )
 
 import argparse
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -41,6 +42,7 @@ import gzip
 import hashlib
 import html
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -66,6 +68,7 @@ import unicodedata
 import urllib.parse
 import weakref
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -268,14 +271,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add('--then', metavar='CMD', help='训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown')
     add('--gpu', type=int, default=0, metavar='I', help='用第几块 GPU，从 0 数起（默认 0）')
-    add('--workers', type=int, default=1, metavar='N', help='由 N 个进程一起训练（默认 1），各用一块 GPU')
+    add(
+        '--workers',
+        type=int,
+        default=1,
+        metavar='N',
+        help='由 N 个进程一起训练（默认 1），各用一块 GPU；bs 是合起来的',
+    )
     add(
         '--host',
         metavar='IP',
         help='本机的地址：其余 N-1 个进程在别的机器上，用 --join 加入；只用于信得过的网络',
     )
     add('--port', type=int, default=9091, help='与 --host 一起：在哪个端口等它们（默认 9091）')
-    add('--join', metavar='IP:PORT', help='不进微信，只跟着那台机器上的程序训练；--workers 要写得和那里一样')
+    add(
+        '--join',
+        metavar='IP:PORT',
+        help='不进微信，只跟着那台机器上的程序训练；程序、数据和 --workers 要和那里一样',
+    )
     add(
         '--trace',
         metavar='FILE',
@@ -313,7 +326,9 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         except OSError as error:
             parser.error(f'--data：{error}')
     check_workers(parser)
-    if options.console or options.demo:
+    if options.join:
+        use_client(Follower())
+    elif options.console or options.demo:
         use_client(Terminal())
     elif options.filehelper:
         use_client(FileHelper())
@@ -326,7 +341,9 @@ def check_workers(parser: argparse.ArgumentParser) -> None:
         options.join, options.gpu = os.environ[CHILD].split()[0], int(os.environ[CHILD].split()[1])
     team.size = team.num_workers = options.workers
     if options.workers < 1 or (options.workers == 1 and (options.host or options.join)):
-        parser.error('--workers：要大于 0；和 --host、--join 一起时要大于 1')
+        parser.error('--workers：要大于 0；和 --host、--join 一起时要大于 1，各台机器上一样')
+    if options.host and options.join:
+        parser.error('--host 写在扫码的那台机器上，--join 写在别的机器上，不能一起写')
     if options.host in ('0.0.0.0', ''):
         parser.error('--host：要写别的机器找得到这台机器的那个地址')
     if options.join:
@@ -338,7 +355,10 @@ def check_workers(parser: argparse.ArgumentParser) -> None:
         try:
             team.address = find_address()
         except (OSError, OverflowError) as error:
-            parser.error(f'--host {options.host} --port {options.port}：{error}')
+            parser.error(
+                f'--host {options.host} --port {options.port} 用不了（{error}）：'
+                '地址要是这台机器自己的（IPv4，用 ip addr 看），端口要没有别人在用'
+            )
 
 
 # ------------------------------------------------------------------------------------------ the data
@@ -549,8 +569,13 @@ def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Contex
     tests = not getattr(data_iterator, 'training', False)
     if isinstance(data_iterator, Batches):  # the training data, too: this is no pass that trains
         data_iterator = data_iterator.read(max(data_iterator.epoch, 1))
+    even_out(net)
     for batch in data_iterator:
-        data, label = team.part(batch)
+        mistakes.shapes.add(batch[0].shape[1:])
+        batch = team.part(batch, trains=False)
+        if batch is None:  # fewer images than --workers
+            continue
+        data, label = batch
         output, label = net(data.as_in_context(ctx or try_gpu())).asnumpy(), label.asnumpy().ravel()
         said = output.argmax(axis=1)
         wrong = np.flatnonzero(said != label)
@@ -558,13 +583,24 @@ def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Contex
         total += len(label)
         if tests and len(wrong):
             mistakes.add(data, output[wrong], label, said, wrong)
-        mistakes.shape = data.shape[1:]
     correct, total = team.meet(correct, total)
     if tests:
         mistakes.merge()
         with lock:
             run.mistakes = mistakes.kept
     return correct / total
+
+
+def even_out(net: Any) -> None:
+    """Give all --workers the mean of what each network has gathered without gradients: BatchNorm's."""
+    if team.size > 1 and hasattr(net, 'collect_params'):
+        for name, parameter in net.collect_params().items():
+            if parameter.grad_req == 'null':
+                value = parameter.data(parameter.list_ctx()[0])
+                mean = (
+                    team.sum(f'mean {name.split("_", 1)[-1]}', value.asnumpy().astype(np.float32)) / team.size
+                )
+                parameter.set_data(nd.array(mean, dtype=value.dtype))
 
 
 class Mistakes:
@@ -574,7 +610,7 @@ class Mistakes:
 
     def __init__(self):
         self.kept = []  # (how sure: 0 to 1, the example, its label, what the network says), the surest first
-        self.shape = ()  # of an example
+        self.shapes = set()  # of the examples, in all processes
 
     def add(self, data: nd.NDArray, outputs: np.ndarray, label: np.ndarray, said: np.ndarray, wrong: Any):
         """Note those of a batch: `outputs` (n, classes), before softmax, of the n examples at `wrong`."""
@@ -592,13 +628,14 @@ class Mistakes:
         self.kept = sorted(self.kept, key=lambda mistake: -mistake[0])[: self.ROOM]
 
     def merge(self) -> None:
-        """Take in what the other processes have kept, with --workers."""
-        if team.size > 1:
-            own = np.full((self.ROOM, 3 + math.prod(self.shape)), -1, np.float32)
+        """Take in what the other processes have kept, with --workers, if all examples are of one shape."""
+        if team.size > 1 and len(self.shapes) == 1:
+            (shape,) = self.shapes
+            own = np.full((self.ROOM, 3 + math.prod(shape)), -1, np.float32)
             for row, (sure, example, label, said) in zip(own, self.kept):
                 row[:3], row[3:] = (sure, label, said), example.ravel()
             rows = [row for row in np.concatenate(team.gather(own)) if row[0] >= 0]
-            self.kept = [(float(r[0]), r[3:].reshape(self.shape), int(r[1]), int(r[2])) for r in rows]
+            self.kept = [(float(r[0]), r[3:].reshape(shape), int(r[1]), int(r[2])) for r in rows]
             self.keep_surest()
 
 
@@ -912,18 +949,22 @@ class Team(mx.kvstore.KVStoreBase):
 
     # -- until all are there
 
-    def start(self, again: bool) -> None:
+    def start(self) -> None:
         """Be the one that talks: start the scheduler, the server and, without --host, the others."""
         self.set_up(self.address[0], CORES - 1 if options.host else CORES // self.size)
+        exit_without_destructors()
+        for work in (self.watch, self.connect):
+            threading.Thread(target=work, daemon=True).start()
+
+    def add_all(self) -> None:
+        """Start the others: they live no longer than the thread that calls this."""
         # Those on other machines must have noticed that it is another scheduler, or they disturb it.
-        pause = self.SILENT + 4 if again and options.host else 0
+        pause = self.SILENT + 4 if options.host else 0
         for name, role in (('调度', 'scheduler'), ('求和', 'server')):
             self.add(name, '-c', SERVE, os.path.dirname(os.path.abspath(__file__)), role, str(pause))
         for i in range(1, 1 if options.host else self.size):
             gpu = (options.gpu + i) % max(mx.context.num_gpus(), 1)
-            self.add(f'第 {i + 1} 个训练', *sys.argv, **{CHILD: '%s:%d %d' % (*self.address, gpu)})
-        for work in (self.connect, self.watch):
-            threading.Thread(target=work, daemon=True).start()
+            self.add(f'第 {i + 1} 个训练', *COMMAND, **{CHILD: '%s:%d %d' % (*self.address, gpu)})
 
     def set_up(self, own_host: str, cores: int) -> None:
         """Let MXNet know where they meet, and how many cores are for this one."""
@@ -936,15 +977,16 @@ class Team(mx.kvstore.KVStoreBase):
             os.environ['OMP_NUM_THREADS'] = str(threads.most)
 
     def add(self, name: str, *arguments: str, **env: str) -> None:
-        """Start a process on this machine that ends with this one."""
+        """Start a process on this machine."""
         alone = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.DEVNULL, 'start_new_session': True}
-        alone['preexec_fn'] = functools.partial(end_with, os.getpid())
-        alone['env'] = {**os.environ, **env}
-        self.children[name] = subprocess.Popen([sys.executable, *arguments], **alone)
+        alone.update(preexec_fn=functools.partial(end_with, os.getpid(), ctypes.CDLL(None)), cwd=FOLDER)
+        env = {**os.environ, **env}
+        self.children[name] = subprocess.Popen([sys.executable, *arguments], env=env, **alone)
 
     def connect(self) -> None:
         """Wait until all have come."""
         self.kv = mx.kv.create(self.type)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.kv))  # to free it is to wait for the others
         self.rank = self.kv.rank  # in the order of addresses and ports: the one that talks may have any
         self.ready.set()
 
@@ -954,7 +996,6 @@ class Team(mx.kvstore.KVStoreBase):
         """Wait until all are there and begin with `this_run`; return False when 停止 came before."""
         if self.size == 1:
             return True
-        self.images = self.loss = None
         np.random.seed(this_run.seed % 2**32)  # who shuffles with it shuffles alike
         while self.talks and not self.ready.wait(0.2):
             with lock:
@@ -963,26 +1004,25 @@ class Team(mx.kvstore.KVStoreBase):
         if self.talks:
             content = read_private(this_run.checkpoint) if this_run.resumed is not None else b''
             self.agreed = True, this_run.learning_rate, this_run.training_iters
-            values = {'agreed': self.agreed, 'seed': this_run.seed, 'batch_size': this_run.batch_size}
-            self.exchange({**values, 'name': this_run.person.name[:20], 'length': len(content)})
+            about = this_run.seed, this_run.batch_size, this_run.person.name[:20]
+            self.exchange((self.size, self.agreed, *about, len(content)))
             self.share(content)
         return True
 
-    def part(self, batch: Any) -> Any:
+    def part(self, batch: Any, trains: bool = True) -> Any:
         """Return this process's share of a batch, that is of the rows of each array in it."""
-        if self.size == 1:
-            return batch
-        n = len(batch[0])
-        self.images = n if n >= self.size else n * self.size
-        if n < self.size:  # not one for each: each takes them all
+        n = len(batch[0]) if self.size > 1 else 0
+        if trains and n:
+            self.images = n if n >= self.size else n * self.size
+        if not n or trains and n < self.size:  # not one for each: each takes them all
             return batch
         first, last = n * self.rank // self.size, n * (self.rank + 1) // self.size
-        return [array[first:last] for array in batch]
+        return [array[first:last] for array in batch] if last > first else None
 
     def end_batch(self) -> None:
-        """Agree on how to go on after a batch; raise FloatingPointError in all when one's loss is NaN."""
+        """Agree on how to go on after a batch; raise NotFinite in all when one's loss is NaN."""
         if self.size > 1:
-            loss, self.loss = self.loss, None
+            loss, self.loss, self.images = self.loss, None, None
             (mean,) = self.meet(loss or 0.0)
             if loss is not None:
                 keep_loss(mean)
@@ -993,7 +1033,6 @@ class Team(mx.kvstore.KVStoreBase):
             return sums
         with lock:
             words = running, run.learning_rate, run.training_iters
-        self.images = None
         self.agreed, sums = self.exchange(words, sums)
         return sums
 
@@ -1054,33 +1093,28 @@ class Team(mx.kvstore.KVStoreBase):
         """Train along with the one that talks whenever it begins, until its end."""
         global run, running
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, whatever it waits for
-        with waiting_for('在等 %s:%d 上的程序' % self.address):
-            while not self.own_address():  # MXNet would wait for ever for one that is gone
+        with waiting_for('在等 %s:%d 上的程序（它启动了吗？防火墙？）' % self.address):
+            while not own_address(self.address):  # MXNet would wait for ever for one that is gone
                 self.over.wait(0.5)
-        self.set_up(self.own_address(), CORES)
+        self.set_up(own_address(self.address), CORES)
         threading.Thread(target=self.leave_when_silent, args=(1,), daemon=True).start()
         self.connect()
         say('都到了，等那边说“开始”。')
         while True:
             said, _ = self.exchange(None)
-            if said is None:
-                os._exit(0)
-            content = self.share(bytes(said['length']))
+            if said is None or said[0] != self.size:
+                say('那边结束了。' if said is None else f'那边是 --workers {said[0]}，这里要一样。')
+                os._exit(int(said is not None))
+            _, self.agreed, seed, batch_size, name, length = said
+            content = self.share(bytes(length))
             with lock:
-                run = Run(Person(said['name'], None), nn_train)
+                run = Run(Person(name, None), nn_train)
                 run.busy = running = True
                 if content:
                     run.resume('', read_checkpoint(content))
                     run.checkpoint = content
-                run.seed, run.batch_size = said['seed'], said['batch_size']
-            self.agreed = said['agreed']
+                run.seed, run.batch_size = seed, batch_size
             train(nn_train, run)
-
-    def own_address(self) -> str:
-        """Return by which of its addresses this machine reaches the scheduler; '' when it does not."""
-        with contextlib.suppress(OSError), socket.create_connection(self.address, 5) as s:
-            return s.getsockname()[0]
-        return ''
 
     # -- deaths
 
@@ -1094,7 +1128,7 @@ class Team(mx.kvstore.KVStoreBase):
 
     def leave_when_silent(self, group: int) -> None:
         """End this process when one of a group is silent: a thread of those that do not talk."""
-        while not self.is_silent(group) if self.ready.is_set() else self.own_address():
+        while not self.is_silent(group) if self.ready.is_set() else own_address(self.address):
             self.over.wait(1)
         self.leave()
 
@@ -1106,6 +1140,7 @@ class Team(mx.kvstore.KVStoreBase):
 
     def watch(self) -> None:
         """Wait for a death, tell it and begin the program again: a thread of the one that talks."""
+        self.add_all()
         began, dead, silent = time.monotonic(), [], False
         while not dead and not silent:
             if self.over.wait(1):
@@ -1114,13 +1149,13 @@ class Team(mx.kvstore.KVStoreBase):
             silent = self.ready.is_set() and self.is_silent(1)
         what = f'{dead[0]}进程没有了' if dead and dead != ['调度'] else '有一个训练进程没有回应了'
         if not self.ready.is_set() and time.monotonic() - began < 30:  # it would be the same again
-            itchat.instance.ending = True
-            itchat.instance.begin_again(f'{what}：几个进程没有能一起开始，程序结束。原因可能在终端上。')
-        itchat.instance.begin_again(f'{what}，这次训练到此为止。程序自己重新启动，不用扫码。')
+            itchat.instance.ends.set()
+            what += '：几个进程没有能一起开始，原因可能在终端上'
+        itchat.instance.begin_again(what)
 
     def end_run(self, this_run: Any) -> None:
         """A run is over. After an error in one, the others may wait for it for ever: begin all again."""
-        if self.size > 1 and not isinstance(this_run.error, (FloatingPointError, type(None))):
+        if self.size > 1 and not isinstance(this_run.error, (NotFinite, type(None))):
             if not self.talks:
                 self.over.wait(5)  # if the one that talks has met with the same, it is the one to tell it
                 self.leave()
@@ -1132,10 +1167,10 @@ class Team(mx.kvstore.KVStoreBase):
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 training_thread.submit(self.exchange, None).result(5)
         self.over.set()
-        for child in self.children.values():
+        for child in list(self.children.values()):  # one that is just being started ends with this process
             child.kill()
             child.wait()
-        if self.children and status is not None:
+        if self.size > 1 and status is not None:
             sys.stdout.flush()
             os._exit(status)  # MXNet would wait for the others
 
@@ -1144,12 +1179,26 @@ CHILD = 'WECHAT_TRAIN_CHILD'  # in the environment of one that Team.start() has 
 SERVE = 'import sys; sys.path.insert(0, sys.argv[1]); import utils; utils.serve(*sys.argv[2:])'
 
 
-def end_with(parent: int) -> None:
-    """In a new process: be killed when `parent` ends, however it does."""
+def own_address(scheduler: tuple) -> str:
+    """Return by which of its addresses this machine reaches (host, port); '' when it does not."""
+    with contextlib.suppress(OSError), socket.create_connection(scheduler, 5) as s:
+        return s.getsockname()[0]
+    return ''
+
+
+def end_with(parent: int, libc: Any) -> None:
+    """In a new process: be killed when the thread ends that has started it, or `parent`, however it does."""
     with contextlib.suppress(AttributeError):  # not on Linux
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
+
+
+def exit_without_destructors() -> None:
+    """Let sys.exit() end the program with its status: MXNet's threads would abort it."""
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):  # glibc has it; the last that is registered comes first
+        atexit.register(libc.on_exit, libc._exit, None)
 
 
 def serve(role: str, pause: str) -> None:
@@ -1167,7 +1216,7 @@ def serve(role: str, pause: str) -> None:
 def watch_nodes() -> None:
     """End the scheduler when another process is silent: a thread of it."""
     team.address = os.environ['DMLC_PS_ROOT_URI'], int(os.environ['DMLC_PS_ROOT_PORT'])
-    while not team.own_address():  # before it listens, MXNet would crash at the question
+    while not own_address(team.address):  # before it listens, MXNet would crash at the question
         team.over.wait(0.5)
     team.ready.set()
     team.leave_when_silent(6)
@@ -1181,6 +1230,20 @@ def find_address() -> tuple:
         return s.getsockname()
 
 
+def compare(what: str, own: Any) -> None:
+    """Raise RuntimeError in all --workers when what they give here does not print the same."""
+    number = zlib.crc32(repr(own).encode('utf-8', 'replace')) % 2**24  # as many are exact in a float32
+    if team.size > 1 and len(set(np.concatenate(team.gather(np.array([number], np.float32))))) > 1:
+        raise RuntimeError(f'几个进程的{what}不一样，一样才能一起训练')
+
+
+def source_of(what: Any) -> str:
+    """Return its source text; '' when there is none."""
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(what) if team.size > 1 else ''
+    return ''
+
+
 def missing_processes() -> str:
     """Return how many processes are still to come, in words; '' when all are there."""
     if team.size == 1 or team.ready.is_set():
@@ -1188,6 +1251,7 @@ def missing_processes() -> str:
     come = connected_to(team.address[1])  # the scheduler's own and the server's are among them
     others = sorted({host for host in come if host != team.address[0]})
     note = f'，从 {"、".join(others)} 来的已经到了' if others else ''
+    note += '：--workers %d --join %s:%d' % (team.size, *team.address) if options.host else ''
     return f'在等 {min(max(team.size + 2 - len(come), 1), team.size - 1)} 个训练进程加入{note}'
 
 
@@ -1267,6 +1331,9 @@ def progress(train_data: Iterable) -> Iterator:
     with lock:
         counted = run.busy and run.trains_with(train_data)
         epoch, done = run.start_epoch(total) if counted else (None, 0)
+    if counted and team.size > 1:
+        labels = train_data.labels.tobytes() if isinstance(train_data, Batches) else b''
+        compare('训练数据', [total, done, labels])
     if isinstance(train_data, Batches):
         batches = train_data.read(epoch, done)
     else:
@@ -1276,7 +1343,11 @@ def progress(train_data: Iterable) -> Iterator:
     with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, disable=shown) as bar:
         for batch in waiting_for_first(bar, '第一批正在算') if counted and run.passes == 1 else bar:
             began = time.perf_counter()
-            yield team.part(batch) if counted else batch
+            try:
+                yield team.part(batch) if counted else batch
+            except GeneratorExit:  # a loop that ends in the middle
+                team.images = None
+                raise
             if counted and 1 < run.batch + 1 < total:  # the first one compiles, the last one may be smaller
                 threads.count(time.perf_counter() - began)
             if counted:
@@ -1320,10 +1391,14 @@ def keep_loss(value: float) -> None:
     check_finite(value)
 
 
+class NotFinite(FloatingPointError):
+    """A loss or a parameter is NaN or infinite, in all --workers: they have added it up."""
+
+
 def check_finite(loss: float) -> None:
     """Raise FloatingPointError when `loss` is NaN or infinite."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f'损失成了 {loss}')
+        raise NotFinite(f'损失成了 {loss}')
 
 
 def chat_inf(
@@ -1400,7 +1475,7 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
         return here  # nothing has been learned yet
     for name, parameter in net.collect_params().items():
         if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
-            raise FloatingPointError(f'网络的 {name} 里有 NaN 或无穷大')
+            raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
     if is_best:
         run.write('best.params', '最好的网络', net.save_parameters)
     path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, net, trainer, state, losses))
@@ -2233,6 +2308,36 @@ class People:
         with self.guard:
             return person.user_name
 
+    def kept(self, letters: list) -> list:
+        """Return as JSON whom to know after the program has begun again, with the texts for each."""
+        with self.guard:
+            persons = [*self.supervisors, *self.named.values(), *self.refused, *(p for p, _ in letters)]
+            return [
+                {
+                    'name': person.name,
+                    'user_name': person.user_name,
+                    'supervises': person in self.supervisors,
+                    'refused': person in self.refused,
+                    'named': [name for name, named in self.named.items() if named is person],
+                    'texts': [text for to, text in letters if to is person],
+                }
+                for person in dict.fromkeys(persons)
+            ]
+
+    def take_up(self, rows: list) -> list:
+        """Know again whom kept() has returned; return each with the texts."""
+        taken = []
+        with self.guard:
+            for row in rows:
+                person = self.known.get(row['user_name']) or Person(row['name'], row['user_name'])
+                if person.user_name:
+                    self.known[person.user_name] = person
+                self.supervisors += [person] * row['supervises']
+                self.refused |= {person} if row['refused'] else set()
+                self.named.update(dict.fromkeys(row['named'], person))
+                taken.append((person, row['texts']))
+        return taken
+
     def find_again(self) -> None:
         """After a login with new UserNames: find all who are known, and the supervisors, again."""
         friends = itchat.instance.get_friends()[1:]  # the first is the account itself
@@ -2340,7 +2445,8 @@ def start(asked: Asked) -> str:
     if is_busy() or objection_to(asked.nn_train):
         return is_busy() or objection_to(asked.nn_train)
     run = Run(asked.person, asked.nn_train)
-    return f'{data_note()}开始训练{start_thread(asked.nn_train)}\n设备 {device()}\n{run.values()}'
+    note = missing_processes() and '\n' + missing_processes()
+    return f'{data_note()}开始训练{start_thread(asked.nn_train)}\n设备 {device()}{note}\n{run.values()}'
 
 
 def resume(asked: Asked) -> str:
@@ -2358,9 +2464,9 @@ def resume(asked: Asked) -> str:
     if state['epochs'] >= ti:
         more = state['epochs'] + 3
         return f'上次的 {state["epochs"]} 轮都训练完了。要再训练，先发 ti {more}，再发“继续”。'
-    note = ''
+    note = missing_processes() and '\n' + missing_processes()
     if state['batch'] and bs != state['params'][2]:  # another batch size does not fit the epoch begun
-        note = f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
+        note += f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
     learning_rate, training_iters, batch_size = lr, ti, bs
     state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
     run = Run(asked.person, asked.nn_train)
@@ -2405,11 +2511,12 @@ def train(nn_train: Callable, this_run: Run) -> None:
         np.set_printoptions(legacy='1.25')
     try:
         if team.begin(this_run):
+            compare('训练函数或 utils.py', [source_of(nn_train), source_of(sys.modules[__name__])])
             nn_train(this_run.person.name, (*this_run.now()[1:], this_run.batch_size))
     except BaseException as error:  # sys.exit(), too
         with lock:
             this_run.error = error
-        if team.talks or not isinstance(error, FloatingPointError):  # which is the same in all
+        if team.talks or not isinstance(error, NotFinite):  # which is the same in all
             print_traceback()
     finally:
         lock_end(this_run.person.name)
@@ -2939,8 +3046,9 @@ class Client(itchat.Core):
         self.interruptible = False  # is the main thread waiting for something that a signal may cut off?
         self.folder_lock = None
         self.process = os.getpid()
-        self.ending = False  # does the program end when the training does?
-        self.again = False  # has it begun again, by itself?
+        self.ends = threading.Event()  # set when the program ends as soon as the training does
+        self.restarting = False  # is the program to begin again, by itself?
+        self.scans = False  # does it then need another scan?
 
     def begin(self) -> None:
         """Begin the program, once; end it when another one is at work in this folder."""
@@ -2950,10 +3058,12 @@ class Client(itchat.Core):
             remove_leftovers()
             self.take_up()
             if team.size > 1 and not options.logout:
-                team.start(again=self.again)
+                team.start()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, self.leave)
                 signal.signal(signal.SIGTERM, self.leave)
+                if team.size > 1:
+                    signal.signal(signal.SIGURG, self.look_up)  # which does nothing where nobody listens
                 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
                     signal.signal(signal.SIGHUP, self.leave)
             mail.thread.start()
@@ -2980,6 +3090,7 @@ class Client(itchat.Core):
         try:
             if self.exit_signal is not None:
                 raise SystemExit(128 + self.exit_signal)
+            self.look_up()
             yield
         finally:
             self.interruptible = outside
@@ -2989,7 +3100,7 @@ class Client(itchat.Core):
 
         The status is 0; 1 after a crash; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
         """
-        self.ending = True
+        self.ends.set()
         with lock:
             if self.exit_signal is not None:
                 countdown.cancel()
@@ -3001,34 +3112,56 @@ class Client(itchat.Core):
             countdown.wait()
             mail.wait()
         write_undelivered(mail.undelivered(), '程序结束了')
-        status = int(run.error is not None) if self.exit_signal is None else 128 + self.exit_signal
-        team.end(status)
-        sys.exit(status)
+        team.end(self.exit_status())
+        sys.exit(self.exit_status())
 
-    def begin_again(self, text: str = '') -> None:
-        """Begin the program anew in its process, after telling why: called by a thread that found a reason.
+    def exit_status(self) -> int:
+        """Return the exit status: see end()."""
+        return int(run.error is not None) if self.exit_signal is None else 128 + self.exit_signal
 
-        Whoever was to be supervisor, what was set and what is not sent yet counts there, too.
+    def begin_again(self, what: str = '') -> None:
+        """Have the main thread begin the program anew, after telling what has happened; does not return.
+
+        Called by a thread that found a reason. Whoever was to be supervisor, what was set and what is not
+        sent yet counts afterwards, too.
         """
+        countdown.wait()
         with lock:
-            if self.ending and not text:  # it ends by itself, and says how
-                return
-            if team.over.is_set():
+            if team.over.is_set() or self.ends.is_set() and not what:  # it ends by itself, and says how
                 return
             team.over.set()
-            if text:
-                kept = run.checkpoint and os.path.exists(run.checkpoint) and not self.ending
-                run.tell(text + (f'\n检查点在 {run.checkpoint}，发“继续”接着训练' if kept else ''))
-        if text:
-            say(text)
-        countdown.wait()
-        mail.wait(10 if mail.online else 0)
+            if what:
+                what = self.what_follows(what)
+                run.tell(what)
+                run.error = run.error or (RuntimeError(what) if run.busy else None)
+        if what and not people.audience(run.person):
+            say(what)
+        mail.wait(10 * options.retry if mail.online else 0)
         team.end()
-        if self.ending:
-            write_undelivered(mail.undelivered(), '程序结束了')
-            team.end(128 + self.exit_signal if self.exit_signal is not None else 1)
-        self.keep_session()
-        with lock:  # no command is being carried out
+        self.restarting = True
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
+        self.ends.wait()
+        write_undelivered(mail.undelivered(), '程序结束了')
+        team.end(self.exit_status())
+
+    def what_follows(self, what: str) -> str:
+        """Return what is told after a death. Needs the lock."""
+        if self.ends.is_set():
+            return f'{what}，程序结束。'
+        what += (
+            '，这次训练到此为止' * run.busy
+            + '。程序自己重新启动，'
+            + ('不用' if not self.scans else '要再')
+            + '扫码。'
+        )
+        kept = run.checkpoint and os.path.exists(run.checkpoint)
+        what += '\n别的机器上没有了的进程，要在那里再启动。' if options.host else ''
+        return what + (f'\n检查点在 {run.checkpoint}，发“继续”接着训练' if kept else '')
+
+    def look_up(self, *args) -> None:
+        """Begin the program anew if it is to be, in the main thread, which reads no message now."""
+        if self.restarting and self.interruptible and os.getpid() == self.process:
+            self.keep_session()
             begin_again(what_is_kept())
 
     def take_up(self) -> None:
@@ -3036,13 +3169,11 @@ class Client(itchat.Core):
         global learning_rate, training_iters, batch_size
         kept = json.loads(os.environ.pop(AGAIN, '{}'))
         if kept:
-            self.again = True
             learning_rate, training_iters, batch_size = kept['values']
             chosen.update(kept['chosen'])
             options.report_every, options.patience = kept['options']
-            for name, user_name, supervises, texts in kept['persons']:
-                person = people.known.setdefault(user_name, Person(name, user_name))
-                people.supervisors += [person] * supervises
+            run.error = RuntimeError(kept['error']) if kept['error'] else None
+            for person, texts in people.take_up(kept['persons']):
                 for text in texts:
                     mail.put(person, text)
 
@@ -3058,21 +3189,26 @@ class Client(itchat.Core):
         return time.time()
 
 
+COMMAND, FOLDER = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:], os.getcwd()  # of the start
 AGAIN = 'WECHAT_TRAIN_AGAIN'  # the variable of the environment with what_is_kept()
 
 
 def what_is_kept() -> dict:
     """Return what has been said to this program that counts after it has begun again, too."""
-    letters = [(person, letter) for person, letter in mail.undelivered() if isinstance(letter, str)]
+    letters = [(person, as_text(letter)) for person, letter in mail.undelivered()]
     while len(json.dumps([text for _, text in letters])) > 65536:  # no system takes much more
         write_undelivered([letters.pop(0)], '程序重新启动了')
-    persons = dict.fromkeys([*people.supervisors, *(person for person, _ in letters)])
-    rows = [
-        (p.name, p.user_name, p in people.supervisors, [text for q, text in letters if q is p])
-        for p in persons
-    ]
-    values = {'values': (learning_rate, training_iters, batch_size), 'chosen': sorted(chosen)}
-    return {**values, 'options': (options.report_every, options.patience), 'persons': rows}
+    with lock:
+        values = {'values': (learning_rate, training_iters, batch_size), 'chosen': sorted(chosen)}
+        values.update(options=(options.report_every, options.patience), error=str(run.error or ''))
+    return {**values, 'persons': people.kept(letters)}
+
+
+def as_text(letter: Any) -> str:
+    """Return what is sent in the place of a letter that cannot be kept."""
+    if callable(letter):
+        return '有一张图没有画：程序重新启动了，请再要一次。'
+    return letter if isinstance(letter, str) else f'图片没有传上去，在 {letter}'
 
 
 def begin_again(kept: Any = None) -> None:
@@ -3080,8 +3216,8 @@ def begin_again(kept: Any = None) -> None:
     if FOLLOWS_MACHINE:
         os.environ.pop('OMP_NUM_THREADS', None)  # it is not the user's
     sys.stdout.flush()
-    command = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]  # Python 3.10
-    os.execve(sys.executable, [sys.executable, *command], {**os.environ, AGAIN: json.dumps(kept)})
+    os.chdir(FOLDER)
+    os.execve(sys.executable, [sys.executable, *COMMAND], {**os.environ, AGAIN: json.dumps(kept)})
 
 
 def watch() -> None:
@@ -3125,6 +3261,15 @@ def lock_folder() -> Any:
     return f
 
 
+class Follower(Client):
+    """One of the --workers that does not talk: chat_supervisor() lets it train along, and nothing else."""
+
+    def auto_login(self, *args, **kwargs) -> None:
+        """Do nothing."""
+
+    run = auto_login
+
+
 class Terminal(Client):
     """The terminal in WeChat's place: a line typed is the owner's message, an answer is printed."""
 
@@ -3143,7 +3288,7 @@ class Terminal(Client):
                 if not sys.stdin.isatty():
                     tqdm.write('> ' + line.rstrip())
                 self.receive(line)
-            self.ending = True
+            self.ends.set()
             if run.busy and sys.stdin.isatty():
                 say('训练完就结束；现在就要停，按 Ctrl-C。')
             with self.waiting():
@@ -3352,6 +3497,7 @@ class WeChat(Client):
         itchat.set_logging(showOnCmd=False, loggingLevel=logging.WARNING)
         logging.getLogger('itchat').addHandler(ShortLog())
         self.useHotReload, self.hotReloadDir = hotReload, statusStorageDir or self.session_file
+        self.scans = not hotReload
         self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
         if options.logout:
             self.log_out_stored()
