@@ -3946,6 +3946,91 @@ def test_a_function_for_one_process_is_refused_by_several(tmp_path):
     assert '训练完成' in in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '1')
 
 
+OWN_DATA = """
+    import mxnet as mx
+    from mxnet import autograd, gluon, nd
+    net = gluon.nn.HybridSequential()
+    net.add(gluon.nn.BatchNorm(), gluon.nn.Dense(2))
+    net.initialize()
+    softmax_cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1}, utils.store())
+    train_data = [(nd.random.normal(i, shape=(n, 2)), nd.arange(n) % 2) for i, n in enumerate(SIZES)]
+    test_data = [(nd.random.normal(shape=(n, *SHAPE)), nd.arange(n) % 2) for n in (200, 1)]
+    epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for data, label in utils.progress(train_data):
+            with autograd.record():
+                output = net(data)
+                loss = softmax_cross_entropy(output, label)
+            loss.backward()
+            trainer.step(utils.total(data.shape[0]))
+            utils.evaluate_accuracy(test_data, net)
+            train_acc += utils.accuracy(output, label)
+            train_loss += utils.batch_loss(loss)
+        test_acc = utils.evaluate_accuracy(test_data, net)
+        utils.chat_inf(wechat_name, epoch, train_loss, train_acc, train_data, test_acc)
+        right = sum(int((net(x).argmax(axis=1) == y).sum().asscalar()) for x, y in test_data)
+        utils.chat_send(f'told {test_acc:.3f}, right {right / 201:.3f}')
+        epoch, train_loss, train_acc = utils.save_checkpoint(net, trainer, epoch, train_loss, train_acc)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_ones_own_data_among_several_processes(tmp_path):
+    """Test batches that are smaller than --workers; BatchNorm; an evaluation in the middle of a pass."""
+    head = 'SIZES, SHAPE = (4, 4, 3), (2,)'
+    output = in_terminal(tmp_path, OWN_DATA, 'ti 2\n开始\n', '--workers', '2', head=head)
+    told = re.findall(r'told (0\.\d+), right (0\.\d+)', output)
+    assert len(told) == 2 and all(said == right for said, right in told)
+    accuracies = re.findall('训练精度 (.*)', output)
+    assert len(accuracies) == 2 and all(0 <= float(accuracy) <= 1 for accuracy in accuracies)
+
+
+def test_different_data_are_told(tmp_path):
+    head = 'SIZES, SHAPE = (4,) * (2 + (utils.CHILD in os.environ)), (2,)'
+    output = in_terminal(tmp_path, OWN_DATA, '开始\n', '--workers', '2', head=head, status=1)
+    assert '几个进程的训练数据不一样' in output
+
+
+TALKATIVE = """
+    if not wechat_name:
+        utils.store(), utils.total(1), utils.accuracy, utils.batch_loss
+    for i in range(60):
+        utils.chat_send(f'第 {i} 封' + '字' * 1000)
+        time.sleep(0.05)
+    print('ALL', flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_what_was_not_sent_is_sent_after_the_program_has_begun_again(wechat, tmp_path):
+    """What is too much is in a file; who may command stays so, whatever others are called."""
+    script = own_script(tmp_path, TALKATIVE, WITH_OPTIONS, 'utils.options.retry = 0.1')
+    with Program(tmp_path, '--workers', '2', '--supervisor', 'B', env=wechat.env(), script=script) as program:
+        wechat.ready()
+        wechat.says('C', '参数')
+        wechat.wait_text('抱歉', 'C')
+        wechat.says('B', '开始')
+        wechat.wait_text('第 0 封')
+        wechat.breaking = lambda name: 1205 if name == 'webwxsendmsg' else None
+        program.wait_output('ALL')
+        with wechat.changed:
+            wechat.nicknames.update(B='Bob', C='B')
+            wechat.contact_changes = ['B', 'C']
+        wechat.says('B', '参数')  # the changes come with it
+        program.wait_output('Bob：参数')
+        os.kill(others_of(program, 'own.py')[0], signal.SIGKILL)
+        program.wait_output('没有发给 Bob（程序重新启动了）：第 ')
+        wechat.breaking = without_fault
+        wechat.wait_text('不用扫码')
+        wechat.says('C', 'lr 0.3')
+        assert 'lr = 0.2' in wechat.ask('lr 0.2') and wechat.logins == 1
+        assert [text for text in wechat.heard('C') if 'lr' in text] == []
+        [undelivered] = tmp_path.glob('runs/*/undelivered.txt')
+        written, sent = undelivered.read_text('utf-8'), ''.join(wechat.heard())
+        assert all(f'第 {i} 封' in written + sent for i in range(60))
+
+
 @pytest.mark.parametrize(
     'options, why',
     [
@@ -3985,8 +4070,11 @@ def test_the_console_tells_a_crash_and_exits_with_1(images, tmp_path):
     assert status == 1 and 'ValueError' in output and '已损坏' in output
 
 
-def test_no_network_is_one_line_and_a_failure(tmp_path):
-    with Program(tmp_path, env={'HTTPS_PROXY': 'http://127.0.0.1:9', 'NO_PROXY': ''}) as program:
+@pytest.mark.parametrize('options', ['', '--workers 2'])
+def test_no_network_is_one_line_and_a_failure(tmp_path, options):
+    with Program(
+        tmp_path, *options.split(), env={'HTTPS_PROXY': 'http://127.0.0.1:9', 'NO_PROXY': ''}
+    ) as program:
         status, output = program.types('')
     assert status == 1 and len(lines_of(output)) == 1
     assert '连不上微信' in output and '--console' in output and '--demo' in output
