@@ -3,13 +3,15 @@
 Read from top to bottom, in the order in which things happen:
 
     what is said -> before MXNet -> the command line -> the data -> the device, the accuracy
-    -> its speed (class Threads, blocks of 16, one update) -> what a training loop calls
+    -> its speed (class Threads, blocks of 16, one update)
+    -> several processes, one chat (class Team) -> what a training loop calls
     -> class Run -> the files of a run
     -> class People -> what a person in the chat can say -> class Mail
-    -> class Client, its children WeChat, FileHelper, Terminal -> the client in itchat's place
+    -> class Client, its children Follower, Terminal, WeChat, FileHelper -> the client in itchat's place
 
 Three threads work for days. The main thread logs in, receives and answers (clients, commands, People).
-The training thread runs nn_train (everything a training loop calls). The mail thread sends (Mail).
+The training thread runs nn_train (everything a training loop calls). The mail thread sends (Mail). Two more
+watch: for a run that stands still and, with --workers alone, for a process that dies (Team).
 
 Lock order: `lock` (the run, the three values, the countdown) may be held when `people.guard`, `mail.changed`
 or a client's `echo` is taken, never the other way round; these three are never held together.
@@ -3037,7 +3039,8 @@ class Client(itchat.Core):
     """What carries the words: the interface is itchat's. Here is what WeChat and the terminal have in common:
     how the program begins and ends.
 
-    The main thread calls it, but for send_msg(), send_image() and log(), which the mail's thread calls too.
+    The main thread calls it. The mail's thread calls send_msg(), send_image() and log(), too; a thread that
+    has found a process dead calls begin_again().
     """
 
     def __init__(self):
