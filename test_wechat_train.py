@@ -1594,6 +1594,8 @@ if __name__ == '__main__':
 @pytest.mark.parametrize('server', [WeChat, FileHelper])
 def test_the_tutorials_own_script(server, images, tmp_path):
     """Login, a value, epochs and their reports, a session lost and found, 停止 in the middle of an epoch."""
+    for kind, array in zip(('images-idx3', 'labels-idx1'), utils.draw_garments(1536, 0)):  # it is slow
+        write_idx(os.path.join(images, f'train-{kind}-ubyte.gz'), array)
     text = TUTORIALS_SHAPE
     if os.path.exists(TUTORIAL):
         with open(TUTORIAL, encoding='utf-8') as f:
@@ -2447,19 +2449,19 @@ utils.data_dir, utils.batch_size, utils.learning_rate = utils.DEMO, 4, 0.01
 utils.parse_args(['--console'])
 utils.chat_supervisor(wechat_train.nn_train)
 itchat.auto_login()
-for i in range(516):
-    if i == 500:
+for i in range(316):
+    if i == 300:
         arrays, utils.batch_size = utils.draw_garments(256, 0) * 2, 256
     for text in ('ti %d' % (1 + i % 2 * 1000), '开始') + ('停止',) * (i % 2):
         itchat.instance.receive(text)
     utils.wait_for_training()
     utils.mail.wait()
-    if i in (99, 499, 503, 515):
+    if i in (99, 299, 303, 315):
         print('STATE', *state())
 """
 
 
-def test_five_hundred_runs_leave_nothing_behind(tmp_path):
+def test_three_hundred_runs_leave_nothing_behind(tmp_path):
     script = tmp_path / 'measuring.py'
     script.write_text(MEASURING)
     with Program(tmp_path, script=str(script)) as program:
@@ -2467,7 +2469,7 @@ def test_five_hundred_runs_leave_nothing_behind(tmp_path):
         states = [[float(x) for x in row.split()] for row in re.findall('STATE (.*)', program.output())]
     assert len({(threads, files) for threads, files, _ in states}) == 1
     few, many, large, larger = [memory for _, _, memory in states]  # MB; the allocator keeps some
-    assert many < few + 60  # a thread for every run would cost 2,000
+    assert many < few + 60  # a thread for every run would cost 1,000
     assert larger < large + 90  # the networks of six runs, not freed at once, 350
 
 
@@ -4037,7 +4039,6 @@ def test_what_was_not_sent_is_sent_after_the_program_has_begun_again(wechat, tmp
         ('--workers 0', '大于 0'),
         ('--join 127.0.0.1:1', '大于 1'),
         ('--workers 2 --join here', 'IP:PORT'),
-        ('--workers 2 --host 0.0.0.0', '别的机器'),
         ('--workers 2 --host 203.0.113.1', '203.0.113.1'),
     ],
 )
