@@ -55,6 +55,7 @@ import pathlib
 import pickle
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -340,7 +341,8 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
 def check_workers(parser: argparse.ArgumentParser) -> None:
     """Make `team` what the options say; end the program when they are wrong."""
     if CHILD in os.environ:
-        options.join, options.gpu = os.environ[CHILD].split()[0], int(os.environ[CHILD].split()[1])
+        options.join, gpu = os.environ[CHILD].split()
+        options.gpu = int(gpu)
     team.size = team.num_workers = options.workers
     if options.workers < 1 or (options.workers == 1 and (options.host or options.join)):
         parser.error('--workers：要大于 0；和 --host、--join 一起时要大于 1，各台机器上一样')
@@ -597,11 +599,9 @@ def even_out(net: Any) -> None:
     """Give all --workers the mean of what each network has gathered without gradients: BatchNorm's."""
     if team.size > 1 and hasattr(net, 'collect_params'):
         for name, parameter in net.collect_params().items():
-            if parameter.grad_req == 'null':
+            if name.endswith(('running_mean', 'running_var')) and parameter._data is not None:
                 value = parameter.data(parameter.list_ctx()[0])
-                mean = (
-                    team.sum(f'mean {name.split("_", 1)[-1]}', value.asnumpy().astype(np.float32)) / team.size
-                )
+                mean = team.sum('means', value.asnumpy().astype(np.float32)) / team.size
                 parameter.set_data(nd.array(mean, dtype=value.dtype))
 
 
@@ -953,7 +953,8 @@ class Team(mx.kvstore.KVStoreBase):
 
     def start(self) -> None:
         """Be the one that talks: start the scheduler, the server and, without --host, the others."""
-        self.set_up(self.address[0], CORES - 1 if options.host else CORES // self.size)
+        one_machine = self.address[0].startswith('127.')
+        self.set_up(self.address[0], CORES // self.size if one_machine else CORES - 1)
         exit_without_destructors()
         for work in (self.watch, self.connect):
             threading.Thread(target=work, daemon=True).start()
@@ -1024,7 +1025,7 @@ class Team(mx.kvstore.KVStoreBase):
     def end_batch(self) -> None:
         """Agree on how to go on after a batch; raise NotFinite in all when one's loss is NaN."""
         if self.size > 1:
-            loss, self.loss, self.images = self.loss, None, None
+            loss, self.loss = self.loss, None
             (mean,) = self.meet(loss or 0.0)
             if loss is not None:
                 keep_loss(mean)
@@ -1096,9 +1097,9 @@ class Team(mx.kvstore.KVStoreBase):
         global run, running
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, whatever it waits for
         with waiting_for('在等 %s:%d 上的程序（它启动了吗？防火墙？）' % self.address):
-            while not own_address(self.address):  # MXNet would wait for ever for one that is gone
+            while not (own_host := own_address(self.address)):  # MXNet would wait for one that is gone
                 self.over.wait(0.5)
-        self.set_up(own_address(self.address), CORES)
+        self.set_up(own_host, CORES // self.size if own_host == self.address[0] else CORES)
         threading.Thread(target=self.leave_when_silent, args=(1,), daemon=True).start()
         self.connect()
         say('都到了，等那边说“开始”。')
@@ -1235,14 +1236,14 @@ def find_address() -> tuple:
 def compare(what: str, own: Any) -> None:
     """Raise RuntimeError in all --workers when what they give here does not print the same."""
     number = zlib.crc32(repr(own).encode('utf-8', 'replace')) % 2**24  # as many are exact in a float32
-    if team.size > 1 and len(set(np.concatenate(team.gather(np.array([number], np.float32))))) > 1:
+    if len(set(np.concatenate(team.gather(np.array([number], np.float32))))) > 1:
         raise RuntimeError(f'几个进程的{what}不一样，一样才能一起训练')
 
 
 def source_of(what: Any) -> str:
     """Return its source text; '' when there is none."""
     with contextlib.suppress(OSError, TypeError):
-        return inspect.getsource(what) if team.size > 1 else ''
+        return inspect.getsource(what)
     return ''
 
 
@@ -1347,9 +1348,9 @@ def progress(train_data: Iterable) -> Iterator:
             began = time.perf_counter()
             try:
                 yield team.part(batch) if counted else batch
-            except GeneratorExit:  # a loop that ends in the middle
-                team.images = None
-                raise
+            finally:  # also in a loop that ends in the middle
+                if counted:
+                    team.images = None
             if counted and 1 < run.batch + 1 < total:  # the first one compiles, the last one may be smaller
                 threads.count(time.perf_counter() - began)
             if counted:
@@ -1473,6 +1474,7 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
         is_best = not state['batch'] and run.best() is not None and run.best() is run.history[-1]
     if team.size > 1:
         add_sums(state)
+    even_out(net)
     if not state['epochs'] and not state['batch']:
         return here  # nothing has been learned yet
     for name, parameter in net.collect_params().items():
@@ -2313,7 +2315,8 @@ class People:
     def kept(self, letters: list) -> list:
         """Return as JSON whom to know after the program has begun again, with the texts for each."""
         with self.guard:
-            persons = [*self.supervisors, *self.named.values(), *self.refused, *(p for p, _ in letters)]
+            refused = list(self.refused)[:100]  # no system takes many more
+            persons = [*self.supervisors, *self.named.values(), *refused, *(p for p, _ in letters)]
             return [
                 {
                     'name': person.name,
@@ -2444,18 +2447,21 @@ class Asked(NamedTuple):
 def start(asked: Asked) -> str:
     """Start the training thread from the beginning."""
     global run
-    if is_busy() or objection_to(asked.nn_train):
-        return is_busy() or objection_to(asked.nn_train)
+    refusal = is_busy() or objection_to(asked.nn_train)
+    if refusal:
+        return refusal
     run = Run(asked.person, asked.nn_train)
-    note = missing_processes() and '\n' + missing_processes()
+    waiting = missing_processes()
+    note = waiting and '\n' + waiting
     return f'{data_note()}开始训练{start_thread(asked.nn_train)}\n设备 {device()}{note}\n{run.values()}'
 
 
 def resume(asked: Asked) -> str:
     """Start the training thread from the last checkpoint."""
     global run, learning_rate, training_iters, batch_size
-    if is_busy() or objection_to(asked.nn_train):
-        return is_busy() or objection_to(asked.nn_train)
+    refusal = is_busy() or objection_to(asked.nn_train)
+    if refusal:
+        return refusal
     path, state = last_checkpoint()
     if path is None:
         return '没有可以继续的训练，发“开始”从头训练。'
@@ -2466,7 +2472,8 @@ def resume(asked: Asked) -> str:
     if state['epochs'] >= ti:
         more = state['epochs'] + 3
         return f'上次的 {state["epochs"]} 轮都训练完了。要再训练，先发 ti {more}，再发“继续”。'
-    note = missing_processes() and '\n' + missing_processes()
+    waiting = missing_processes()
+    note = waiting and '\n' + waiting
     if state['batch'] and bs != state['params'][2]:  # another batch size does not fit the epoch begun
         note += f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
     learning_rate, training_iters, batch_size = lr, ti, bs
@@ -2513,7 +2520,8 @@ def train(nn_train: Callable, this_run: Run) -> None:
         np.set_printoptions(legacy='1.25')
     try:
         if team.begin(this_run):
-            compare('训练函数或 utils.py', [source_of(nn_train), source_of(sys.modules[__name__])])
+            if team.size > 1:
+                compare('训练函数或 utils.py ', [source_of(nn_train), source_of(sys.modules[__name__])])
             nn_train(this_run.person.name, (*this_run.now()[1:], this_run.batch_size))
     except BaseException as error:  # sys.exit(), too
         with lock:
@@ -3051,7 +3059,7 @@ class Client(itchat.Core):
         self.process = os.getpid()
         self.ends = threading.Event()  # set when the program ends as soon as the training does
         self.restarting = False  # is the program to begin again, by itself?
-        self.scans = False  # does it then need another scan?
+        self.is_idle = False  # may it do so now?
 
     def begin(self) -> None:
         """Begin the program, once; end it when another one is at work in this folder."""
@@ -3093,10 +3101,19 @@ class Client(itchat.Core):
         try:
             if self.exit_signal is not None:
                 raise SystemExit(128 + self.exit_signal)
-            self.look_up()
             yield
         finally:
             self.interruptible = outside
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator:
+        """Around a wait with no message read and nothing half done: the program may begin again there."""
+        outside, self.is_idle = self.is_idle, True
+        try:
+            self.look_up()
+            yield
+        finally:
+            self.is_idle = outside
 
     def end(self) -> None:
         """End the program: stop the run if a signal says so, deliver the last words, exit.
@@ -3136,7 +3153,8 @@ class Client(itchat.Core):
             if what:
                 what = self.what_follows(what)
                 run.tell(what)
-                run.error = run.error or (RuntimeError(what) if run.busy else None)
+                if run.busy or self.ends.is_set():
+                    run.error = run.error or RuntimeError(what)
         if what and not people.audience(run.person):
             say(what)
         mail.wait(10 * options.retry if mail.online else 0)
@@ -3154,7 +3172,7 @@ class Client(itchat.Core):
         what += (
             '，这次训练到此为止' * run.busy
             + '。程序自己重新启动，'
-            + ('不用' if not self.scans else '要再')
+            + ('要再' if self.needs_scan() else '不用')
             + '扫码。'
         )
         kept = run.checkpoint and os.path.exists(run.checkpoint)
@@ -3162,8 +3180,8 @@ class Client(itchat.Core):
         return what + (f'\n检查点在 {run.checkpoint}，发“继续”接着训练' if kept else '')
 
     def look_up(self, *args) -> None:
-        """Begin the program anew if it is to be, in the main thread, which reads no message now."""
-        if self.restarting and self.interruptible and os.getpid() == self.process:
+        """Begin the program anew if it is to be and may; SIGURG makes the main thread look."""
+        if self.restarting and self.is_idle and os.getpid() == self.process:
             self.keep_session()
             begin_again(what_is_kept())
 
@@ -3175,7 +3193,7 @@ class Client(itchat.Core):
             learning_rate, training_iters, batch_size = kept['values']
             chosen.update(kept['chosen'])
             options.report_every, options.patience = kept['options']
-            run.error = RuntimeError(kept['error']) if kept['error'] else None
+            run.error = None if kept['error'] is None else RuntimeError(kept['error'])
             for person, texts in people.take_up(kept['persons']):
                 for text in texts:
                     mail.put(person, text)
@@ -3183,6 +3201,10 @@ class Client(itchat.Core):
     def log(self, text: str) -> None:
         """Print what goes through the chat."""
         say(text)
+
+    def needs_scan(self) -> bool:
+        """Return whether the next start needs a scan."""
+        return False
 
     def keep_session(self) -> None:
         """Keep the session for the next start, with what has been read."""
@@ -3192,18 +3214,27 @@ class Client(itchat.Core):
         return time.time()
 
 
-COMMAND, FOLDER = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:], os.getcwd()  # of the start
+# How the program was started; a script is named so that it is found from another folder, too.
+SCRIPT = getattr(sys.modules['__main__'], '__file__', None)
+COMMAND = [
+    SCRIPT if SCRIPT and argument == sys.argv[0] else argument
+    for argument in getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]  # Python 3.10 has it
+]
+FOLDER = os.getcwd()
 AGAIN = 'WECHAT_TRAIN_AGAIN'  # the variable of the environment with what_is_kept()
 
 
 def what_is_kept() -> dict:
     """Return what has been said to this program that counts after it has begun again, too."""
     letters = [(person, as_text(letter)) for person, letter in mail.undelivered()]
-    while len(json.dumps([text for _, text in letters])) > 65536:  # no system takes much more
-        write_undelivered([letters.pop(0)], '程序重新启动了')
+    sizes = itertools.accumulate(len(json.dumps(text)) + 2 for _, text in reversed(letters))
+    first = len(letters) - sum(size <= 65536 for size in sizes)  # no system takes much more
+    write_undelivered(letters[:first], '程序重新启动了')
+    letters = letters[first:]
     with lock:
         values = {'values': (learning_rate, training_iters, batch_size), 'chosen': sorted(chosen)}
-        values.update(options=(options.report_every, options.patience), error=str(run.error or ''))
+        values.update(options=(options.report_every, options.patience))
+        values.update(error=None if run.error is None else first_line(run.error))
     return {**values, 'persons': people.kept(letters)}
 
 
@@ -3270,7 +3301,12 @@ class Follower(Client):
     def auto_login(self, *args, **kwargs) -> None:
         """Do nothing."""
 
+    def send(self, *args, **kwargs) -> dict:
+        """Send nothing."""
+        return ReturnValue({'BaseResponse': {'Ret': 0}})
+
     run = auto_login
+    send_msg = send_image = send_file = send_video = send
 
 
 class Terminal(Client):
@@ -3308,8 +3344,10 @@ class Terminal(Client):
         while self.exit_signal is None:
             with self.waiting():
                 try:
+                    with self.idle():
+                        select.select([sys.stdin.fileno()], [], [])
                     typed = os.read(sys.stdin.fileno(), 65536)
-                except (AttributeError, OSError):  # closed, or not to be read: the end of it
+                except (AttributeError, OSError, ValueError):  # closed, or not to be read: the end of it
                     typed = b''
             *lines, rest = (rest + (typed or b'\n' * bool(rest))).split(b'\n')
             yield from (line.decode(sys.stdin.encoding or 'utf-8', 'replace') + '\n' for line in lines)
@@ -3500,7 +3538,6 @@ class WeChat(Client):
         itchat.set_logging(showOnCmd=False, loggingLevel=logging.WARNING)
         logging.getLogger('itchat').addHandler(ShortLog())
         self.useHotReload, self.hotReloadDir = hotReload, statusStorageDir or self.session_file
-        self.scans = not hotReload
         self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
         if options.logout:
             self.log_out_stored()
@@ -3575,7 +3612,8 @@ class WeChat(Client):
         """Ask once if the code was scanned: '408' not yet, '201' scanned, '200' logged in, else run out."""
         now = int(time.time())
         query = {'loginicon': 'true', 'uuid': uuid or self.uuid, 'tip': 1, 'r': -now // 1579, '_': now}
-        answer = self.ask(f'{itchat.config.BASE_URL}/cgi-bin/mmwebwx-bin/login', params=query).text
+        with self.idle():
+            answer = self.ask(f'{itchat.config.BASE_URL}/cgi-bin/mmwebwx-bin/login', params=query).text
         code = re.search(r'window.code=(\d+)', answer)
         page = re.search(r'window.redirect_uri="(\S+)"', answer)
         if code and code[1] == '200':
@@ -3707,8 +3745,11 @@ class WeChat(Client):
 
     # -- the stored session
 
+    def needs_scan(self) -> bool:
+        return not (self.useHotReload and self.alive)
+
     def keep_session(self) -> None:
-        if self.useHotReload and self.alive:
+        if not self.needs_scan():
             self.dump_login_status()
 
     def dump_login_status(self, fileDir: Optional[str] = None) -> None:
@@ -3826,7 +3867,7 @@ class WeChat(Client):
 
     def pause(self, failures: int) -> None:
         """Wait longer after every failure."""
-        with self.waiting():
+        with self.waiting(), self.idle():
             time.sleep(min(options.retry * 2 ** (failures - 1), 60))
 
     def reconnect(self) -> None:
@@ -3848,7 +3889,9 @@ class WeChat(Client):
         messages, contacts, self.early = self.early, [], []
         if not messages:
             with self.waiting():
-                if self.look():
+                with self.idle():
+                    news = self.look()
+                if news:
                     messages, contacts = self.get_msg()
                     if messages is None:
                         self.check_refusal()
