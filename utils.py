@@ -3,7 +3,7 @@
 Read from top to bottom, in the order in which things happen:
 
     what is said -> before MXNet -> the command line -> the data -> the device, the accuracy
-    -> its speed (class Threads, blocks of 16, one update)
+    -> its speed (class Threads, blocks of channels, few updates)
     -> several processes, one chat (class Team) -> what a training loop calls
     -> class Run -> the files of a run
     -> class People -> what a person in the chat can say -> class Mail
@@ -175,7 +175,7 @@ HAS_CUDA = glob.glob(
 )
 if not HAS_CUDA:  # a GPU needs the other engine
     os.environ.setdefault('MXNET_ENGINE_TYPE', 'NaiveEngine')  # up to 1.04 times
-    os.environ.setdefault('MXNET_OPTIMIZER_AGGREGATION_SIZE', '60')  # parameters: see update_at_once()
+    os.environ.setdefault('MXNET_OPTIMIZER_AGGREGATION_SIZE', '60')  # parameters: see update_by_size()
 
 NUMPY_2 = int(np.__version__.split('.')[0]) >= 2
 GONE = {  # names that numpy 2 no longer has and MXNet 1.9.1 reads while it is imported; it calls none of them
@@ -237,7 +237,7 @@ with waiting_for('正在载入 MXNet'):
     import_mxnet()
 
 import mxnet as mx
-from mxnet import autograd, nd
+from mxnet import nd
 from mxnet.gluon import nn
 
 # --------------------------------------------------------------------------------- the command line
@@ -727,11 +727,21 @@ class Threads:
 threads = Threads(CORES, FOLLOWS_MACHINE and CORES > 1)
 
 
-# ---------------------------------------------------------- its speed: convolution in blocks of 16
+# ------------------------------------------------------ its speed: convolution in blocks of channels
+
+
+def channels_of_a_block() -> int:
+    """Return how many channels oneDNN's kernels compute at once: as many as a vector has floats."""
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as f:
+        return 16 if 'avx512f' in f.read() else 8
+    return 8  # macOS
+
+
+BLOCK = channels_of_a_block()
 
 
 def speed_up(net: nn.HybridSequential, *blocks: nn.HybridBlock) -> None:
-    """Compile a HybridSequential and other `blocks`, like a loss; on a CPU let it compute in blocks of 16.
+    """Compile a HybridSequential and other `blocks`, like a loss; on a CPU, compute in blocks of channels.
 
     Parameters, their gradients and the outputs stay what they are, to the rounding of float32.
     """
@@ -761,7 +771,8 @@ class Compiler:
         if self.threads in self.kept:
             net._cached_op, net._cached_op_args, net._cached_graph = self.kept[self.threads]
             return
-        copying = inputs[0].shape[0] >= 64  # cutting fewer images costs more than it saves: 1.1 times
+        # With blocks of 8 less is wasted, and to cut 64 images or fewer costs more than it saves: 1.1 times.
+        copying = BLOCK == 16 and inputs[0].shape[0] >= 64
         net.hybrid_forward = functools.partial(forward_in_blocks, net, copying)
         # MXNet keeps kernels by their parameters, of which this one means nothing on a CPU.
         mark = {'workspace': 1024 + self.threads}
@@ -788,11 +799,11 @@ def forward_in_blocks(net, copying, F, x):
     while layers:
         layer, *layers = layers
         if not in_blocks(layer, *layers):
-            parts = [(layer(cut(F, *parts)), 0, 0)]
+            parts = [(layer(parts[0][0]), 0, 0)]
             continue
         pool, *layers = layers
         channels, copies = layer._channels, copying and room_for_copies(layer, pool, *layers)
-        whole = channels - channels % 16 if copies else channels
+        whole = channels - channels % BLOCK if copies else channels
         if parts[-1][2]:
             layer.weight.shape = channels, parts[-1][2], *layer._kwargs['kernel']
         filters = [array.var() for array in (layer.weight, layer.bias) if array is not None]
@@ -808,9 +819,12 @@ def forward_in_blocks(net, copying, F, x):
                 (convolve(F, layer, parts, left_over, channels - whole, copies, step), whole, channels),
             ]
         # Pooling before the activation, which grows, is the same with a quarter of the work: 1.1 times.
-        act = layer.act if layer.act is not None else lambda y: y
-        parts = [(act(pool(y)), first, last) for y, first, last in outputs]
-    return cut(F, *parts)
+        parts = [(pool(y), first, last) for y, first, last in outputs]
+        if not in_blocks(*layers):
+            parts = [(cut(F, *parts), 0, 0)]
+        if layer.act is not None:
+            parts = [(layer.act(y), first, last) for y, first, last in parts]
+    return parts[0][0]
 
 
 def cut(F, part):
@@ -822,7 +836,7 @@ def cut(F, part):
 def room_for_copies(layer, pool, *following):
     """Return how many columns the next convolution's kernel has, if a block holds as many copies of the
     left-over filters, else 0."""
-    if not in_blocks(*following) or layer._channels < 16 or not layer.weight.shape[1]:
+    if not in_blocks(*following) or layer._channels < BLOCK or not layer.weight.shape[1]:
         return 0
     this, pooling, after = layer._kwargs, pool._kwargs, following[0]._kwargs
     if this['dilate'] != (1, 1) or after['dilate'] != (1, 1) or after['pad'] != (0, 0):
@@ -830,41 +844,64 @@ def room_for_copies(layer, pool, *following):
     if pooling['pad'] != (0, 0) or pooling['pooling_convention'] != 'valid':
         return 0
     columns = after['kernel'][1]
-    return columns if 0 < layer._channels % 16 * columns <= 16 else 0
+    return columns if 0 < layer._channels % BLOCK * columns <= BLOCK else 0
 
 
 def convolve(F, layer, parts, filters, n, copies=1, step=0):
     """Convolve with `n` filters of `layer` (weight and bias), `copies` of each, `step` columns apart.
 
     The input is the sum of `parts`: (array, first, last) has these channels in its array, then zeros up to a
-    multiple of 16; (array, 0, 0) has all of them and no zeros. A part with first > 0 has copies of its
+    multiple of BLOCK; (array, 0, 0) has all of them and no zeros. A part with first > 0 has copies of its
     channels, moved by a column each.
     """
     sums, weights = [], [filters[0]]
     if len(parts) > 1:
         weights = F.split_v2(filters[0], (parts[1][1],), axis=1)
     for (x, first, last), weight in zip(parts, weights):
-        height, width = layer._kwargs['kernel']
-        channels = last - first if last else layer.weight.shape[1]
+        channels, kwargs = last - first if last else layer.weight.shape[1], layer._kwargs
+        one = channels == 1 and not last
+        if BLOCK == 8 and one and kwargs['kernel'][0] > 1 and kwargs['dilate'] == (1, 1):
+            x, weight, kwargs = in_three_channels(F, x, weight, n, kwargs)
+            channels = 3
+        height, width = kwargs['kernel']
         if first:
             weight = F.swapaxes(F.reshape(weight, shape=(0, -3, 0)), 1, 2)  # transpose() keeps its threads
             weight = F.reshape(weight, shape=(0, -1, height, 1))
             channels, width = channels * width, 1
         if last:
-            weight = append_zeros(F, [weight], 1, (n, -channels % 16, height, width))
-            channels += -channels % 16
+            weight = append_zeros(F, [weight], 1, (n, -channels % BLOCK, height, width))
+            channels += -channels % BLOCK
         beside = [(step * i, step * (copies - 1 - i)) for i in range(copies)]  # columns of zeros
         width += step * (copies - 1)
         moved = [
             F.pad(weight, mode='constant', pad_width=(0,) * 6 + pad) if step else weight for pad in beside
         ]
-        # Filters of zeros up to a multiple of 16, for the AVX-512 kernels: 1.3 times.
-        missing = -n * copies % 16
+        # Filters of zeros up to whole blocks: 1.3 times.
+        missing = -n * copies % BLOCK
         arrays = [append_zeros(F, moved, 0, (missing, channels, height, width))]
         arrays += [append_zeros(F, [bias] * copies, 0, (missing,)) for bias in filters[1:] if not sums]
         changed = {'kernel': (height, width), 'num_filter': n * copies + missing, 'no_bias': len(arrays) == 1}
-        sums += [F.Convolution(x, *arrays, **{**layer._kwargs, **changed})]
+        sums += [F.Convolution(x, *arrays, **{**kwargs, **changed})]
     return sum(sums[1:], sums[0])
+
+
+def in_three_channels(F, x, weight, n, kwargs):
+    """Return a convolution of one channel, by `n` filters, as one of three: the array, weight and kwargs.
+
+    The rows of the filters are dealt out to channels that hold the image moved up by as many rows. oneDNN has
+    a kernel for AVX2 that computes the gradient of such filters, none for one channel: 1.3 times.
+    """
+    (height, width), pad = kwargs['kernel'], kwargs['pad']
+    rows = math.ceil(height / 3)
+    if any(pad):
+        x = F.pad(x, mode='constant', pad_width=(0,) * 4 + (pad[0], pad[0], pad[1], pad[1]))
+    above = height - rows  # the last channel's rows end where the filter ends; those before it have zeros
+    moved = (0, rows, above)
+    x = F.concat(*(F.slice_axis(x, axis=2, begin=y, end=y - above or None) for y in moved), dim=1)
+    if height % 3:
+        first, last = F.split_v2(weight, (above,), axis=2)
+        weight = F.concat(first, F.zeros((n, 1, 3 * rows - height, width)), last, dim=2)
+    return x, F.reshape(weight, shape=(0, 3, rows, width)), {**kwargs, 'kernel': (rows, width), 'pad': (0, 0)}
 
 
 def append_zeros(F, arrays, axis, shape):
@@ -873,54 +910,39 @@ def append_zeros(F, arrays, axis, shape):
     return F.concat(*arrays, dim=axis) if len(arrays) > 1 else arrays[0]
 
 
-# --------------------------------------------------------- its speed: all weights in one update
+# ------------------------------------------------------------- its speed: few calls for an update
+
+LARGE = 20000  # numbers in a weight
 
 
-updates = weakref.WeakKeyDictionary()  # of an SGD: what its last update was like, and the compiled one
+def update_by_size(sgd, indices, weights, grads, states, multi_precision=False):
+    """Do what SGD._update_impl does, to float32's rounding: small weights in one call, large ones one by one.
 
-
-def update_at_once(sgd, indices, weights, grads, states, multi_precision=False):
-    """Do what SGD._update_impl does. What was the same the last time is compiled: all weights in one call."""
-    update_by_itself = functools.partial(
-        sgd_update, sgd, indices, weights, grads, states, multi_precision=multi_precision
-    )
-    special = sgd.momentum or sgd.clip_gradient or sgd.lr_scheduler or multi_precision
-    if special or autograd.is_recording() or not isinstance(indices, tuple):
-        return update_by_itself()
-    lrs, wds = sgd._get_lrs(indices), sgd._get_wds(indices)
-    like = [sgd.rescale_grad, *lrs, *wds, *map(id, weights), *map(id, grads)]
-    last, update = updates.get(sgd, (None, None))
-    if like != last:
-        updates[sgd] = like, None
-        return update_by_itself()
-    if update is None:
-        if any(array.stype != 'default' for array in (*weights, *grads)):
-            return update_by_itself()
-        update = compile_update(weights, grads, sgd.rescale_grad, lrs, wds)
-        updates[sgd] = like, update
-    sgd._update_count(indices)
-    update()
-
-
-def compile_update(weights, grads, rescale, lrs, wds):
-    """Return a function that takes a step of SGD: weight - lr (rescale grad + wd weight), for all weights.
-
-    It rounds as MXNet's own does: a run may go from one to the other, when it is resumed for instance.
+    MXNet's kernel for several weights goes through all of them as often as the largest has numbers.
     """
-    arrays, sums = {}, []
-    for weight, grad, lr, wd in zip(weights, grads, lrs, wds):
-        w, g = (mx.sym.var(f'array{len(arrays) + i}') for i in (0, 1))
-        arrays.update({w.name: weight, g.name: grad})
-        step = g * float(np.float32(lr) * np.float32(rescale))
-        sums.append(w - (step + w * float(np.float32(lr) * np.float32(wd)) if wd else step))
-    graph = mx.sym.Group(sums)
-    op = nd.CachedOp(graph, [('static_alloc', True), ('static_shape', True)])
-    return functools.partial(op, *(arrays[name] for name in graph.list_inputs()), out=list(weights))
+    if multi_precision or not isinstance(indices, tuple):
+        return sgd_update(sgd, indices, weights, grads, states, multi_precision=multi_precision)
+    small = []
+    for row in zip(indices, weights, grads, states):
+        index, weight, grad, state = row
+        if weight.size < LARGE or weight.stype != 'default' or grad.stype != 'default':
+            small.append(row)
+            continue
+        sgd._update_count(index)
+        how = {'lr': sgd._get_lr(index), 'wd': sgd._get_wd(index), 'rescale_grad': sgd.rescale_grad}
+        if sgd.clip_gradient:
+            how['clip_gradient'] = sgd.clip_gradient
+        if state is None:
+            nd.sgd_update(weight, grad, out=weight, **how)
+        else:
+            nd.sgd_mom_update(weight, grad, state, out=weight, momentum=sgd.momentum, **how)
+    if small:
+        sgd_update(sgd, *zip(*small))
 
 
 sgd_update = mx.optimizer.SGD._update_impl
 if not HAS_CUDA:
-    mx.optimizer.SGD._update_impl = update_at_once  # 1.1 times with 16 images, where every call counts
+    mx.optimizer.SGD._update_impl = update_by_size  # 1.1 times with 16 images, where every call counts
 
 
 # ------------------------------------------------------------------- several processes, one chat
