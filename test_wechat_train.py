@@ -3169,6 +3169,17 @@ def test_speed_up_leaves_others_convolutions_alone_and_can_be_switched_off():
     assert np.abs(net(data).asnumpy() - fast).max() < 1e-5
 
 
+def test_speed_up_computes_other_types_of_numbers():
+    net, data = nn.HybridSequential(), nd.random.uniform(shape=(4, 1, 12, 12)).astype('float64')
+    net.add(nn.Conv2D(16, 5, activation='relu'), nn.MaxPool2D(), nn.Dense(3))
+    net.cast('float64')
+    utils.speed_up(net)
+    net.initialize()
+    fast = net(data).asnumpy()
+    net.hybridize(False)
+    assert fast.dtype == np.float64 and np.abs(net(data).asnumpy() - fast).max() < 1e-12
+
+
 # ----------------------------------------------------------------- what else a hostile reader has shown
 
 
