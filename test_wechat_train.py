@@ -903,7 +903,7 @@ def test_speed_up_computes_the_tutorials_network_in_blocks(monkeypatch):
         assert sorted((each['kernel'], each['num_filter']) for each in attributes) == expected
 
 
-@pytest.mark.parametrize('how', [{}, {'wd': 0.1, 'momentum': 0.9, 'clip_gradient': 0.01}])
+@pytest.mark.parametrize('how', [{'momentum': -0.5}, {'wd': 0.1, 'momentum': 0.9, 'clip_gradient': 0.01}])
 def test_the_update_is_the_optimizers(how, monkeypatch):
     def weights(update):
         monkeypatch.setattr(mx.optimizer.SGD, '_update_impl', update)
@@ -912,12 +912,13 @@ def test_the_update_is_the_optimizers(how, monkeypatch):
         net.initialize(mx.init.Normal(1))
         schedule = mx.lr_scheduler.FactorScheduler(2, 0.5, base_lr=0.1)
         trainer = gluon.Trainer(net.collect_params(), 'sgd', {'lr_scheduler': schedule, **how})
-        for _ in range(6):
+        for i in range(6):
             with autograd.record():
                 loss = net(nd.random.normal(shape=(7, utils.LARGE // 200))).square().sum()
+                loss = net.bias.data().sum() if i == 1 else loss
             loss.backward()
-            trainer.step(7)
-        assert trainer.optimizer._index_update_count == {0: 6, 1: 6}
+            trainer.step(7, ignore_stale_grad=True)
+        assert trainer.optimizer._index_update_count == {0: 6, 1: 5}
         return [p.data().asnumpy() for p in net.collect_params().values()]
 
     own, mxnets = weights(utils.update_by_size), weights(utils.sgd_update)
@@ -3167,6 +3168,22 @@ def test_speed_up_leaves_others_convolutions_alone_and_can_be_switched_off():
     assert np.abs(plain(data).asnumpy() - fast).max() < 1e-5
     net.hybridize(False)
     assert np.abs(net(data).asnumpy() - fast).max() < 1e-5
+
+
+@pytest.mark.parametrize('block', [8, 16])
+def test_gradients_add_up_where_they_are_to(block, monkeypatch):
+    monkeypatch.setattr(utils, 'BLOCK', block)
+    net, data = cnn(nn.HybridSequential(), NETWORKS['the tutorial']), nd.random.uniform(shape=(64, 1, 28, 28))
+    utils.speed_up(net)
+    net.initialize()
+    net.collect_params().setattr('grad_req', 'add')
+    sums = []
+    for _ in range(2):
+        with autograd.record():
+            output = net(data)
+        output.backward()
+        sums.append([p.grad().asnumpy() for p in net.collect_params().values()])
+    assert all(np.allclose(twice, 2 * once, rtol=1e-4, atol=1e-3) for once, twice in zip(*sums))
 
 
 def test_speed_up_computes_other_types_of_numbers():

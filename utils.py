@@ -815,7 +815,7 @@ def forward_in_blocks(net, copying, F, x):
             # The last 4 of 20 filters would waste most of a block. Copies of them fill it, each moved by one
             # column of the next layer's input; there a kernel of one column does what took three: 1.09 times.
             step = layer._kwargs['stride'][1] * pool._kwargs['stride'][1]
-            filters, left_over = zip(*(F.split_v2(array, (whole,), axis=0) for array in filters))
+            filters, left_over = zip(*(split(F, array, whole, 0) for array in filters))
             outputs = [
                 (convolve(F, layer, parts, filters, whole), 0, whole),
                 (convolve(F, layer, parts, left_over, channels - whole, copies, step), whole, channels),
@@ -858,7 +858,7 @@ def convolve(F, layer, parts, filters, n, copies=1, step=0):
     """
     sums, weights = [], [filters[0]]
     if len(parts) > 1:
-        weights = F.split_v2(filters[0], (parts[1][1],), axis=1)
+        weights = split(F, filters[0], parts[1][1], 1)
     for (x, first, last), weight in zip(parts, weights):
         channels, kwargs = last - first if last else layer.weight.shape[1], layer._kwargs
         one = channels == 1 and not last
@@ -901,9 +901,14 @@ def in_three_channels(F, x, weight, n, kwargs):
     moved = (0, rows, above)
     x = F.concat(*(F.slice_axis(x, axis=2, begin=y, end=y - above or None) for y in moved), dim=1)
     if height % 3:
-        first, last = F.split_v2(weight, (above,), axis=2)
+        first, last = split(F, weight, above, 2)
         weight = F.concat(first, F.zeros((n, 1, 3 * rows - height, width)), last, dim=2)
     return x, F.reshape(weight, shape=(0, 3, rows, width)), {**kwargs, 'kernel': (rows, width), 'pad': (0, 0)}
+
+
+def split(F, array, at, axis):
+    """Cut an array in two. The gradient of split_v2 alone does not add up where grad_req is 'add'."""
+    return F.split_v2(F.identity(array), (at,), axis=axis)
 
 
 def append_zeros(F, arrays, axis, shape):
@@ -924,22 +929,21 @@ def update_by_size(sgd, indices, weights, grads, states, multi_precision=False):
     """
     if multi_precision or not isinstance(indices, tuple):
         return sgd_update(sgd, indices, weights, grads, states, multi_precision=multi_precision)
-    small = []
+    small, large = [], []
     for row in zip(indices, weights, grads, states):
-        index, weight, grad, state = row
-        if weight.size < LARGE or weight.stype != 'default' or grad.stype != 'default':
-            small.append(row)
-            continue
-        sgd._update_count(index)
+        is_large = row[1].size >= LARGE and row[1].stype == row[2].stype == 'default'
+        (large if is_large else small).append(row)
+    sgd._update_count([row[0] for row in large])  # all counts come before the first learning rate
+    if small:
+        sgd_update(sgd, *zip(*small))
+    for index, weight, grad, state in large:
         how = {'lr': sgd._get_lr(index), 'wd': sgd._get_wd(index), 'rescale_grad': sgd.rescale_grad}
         if sgd.clip_gradient:
             how['clip_gradient'] = sgd.clip_gradient
-        if state is None:
-            nd.sgd_update(weight, grad, out=weight, **how)
-        else:
+        if sgd.momentum > 0:
             nd.sgd_mom_update(weight, grad, state, out=weight, momentum=sgd.momentum, **how)
-    if small:
-        sgd_update(sgd, *zip(*small))
+        else:
+            nd.sgd_update(weight, grad, out=weight, **how)
 
 
 sgd_update = mx.optimizer.SGD._update_impl
@@ -1406,8 +1410,7 @@ def batch_loss(loss: nd.NDArray) -> float:
     if team.images:  # progress() adds up the parts
         team.loss = float(loss.asnumpy().sum()) / team.images
         return team.loss
-    values = loss.asnumpy()
-    value = float(values.sum()) / values.size  # mean() takes longer
+    value = float(loss.asnumpy().mean())
     keep_loss(value)
     return value
 
