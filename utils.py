@@ -772,7 +772,7 @@ class Compiler:
         if self.threads in self.kept:
             net._cached_op, net._cached_op_args, net._cached_graph = self.kept[self.threads]
             return
-        # With blocks of 8 less is wasted, and to cut 64 images or fewer costs more than it saves: 1.1 times.
+        # Blocks of 8 waste too little for it; cutting fewer images costs more than it saves, too: 1.1 times.
         copying = BLOCK == 16 and inputs[0].shape[0] >= 64
         net.hybrid_forward = functools.partial(forward_in_blocks, net, copying)
         # MXNet keeps kernels by their parameters, of which this one means nothing on a CPU.
@@ -861,8 +861,8 @@ def convolve(F, layer, parts, filters, n, copies=1, step=0):
         weights = split(F, filters[0], parts[1][1], 1)
     for (x, first, last), weight in zip(parts, weights):
         channels, kwargs = last - first if last else layer.weight.shape[1], layer._kwargs
-        one = channels == 1 and not last
-        if BLOCK == 8 and one and kwargs['kernel'][0] > 1 and kwargs['dilate'] == (1, 1):
+        alone = channels == 1 and not last  # not one channel with zeros behind it
+        if BLOCK == 8 and alone and kwargs['kernel'][0] > 1 and kwargs['dilate'] == (1, 1):
             x, weight, kwargs = in_three_channels(F, x, weight, n, kwargs)
             channels = 3
         height, width = kwargs['kernel']
@@ -891,7 +891,7 @@ def in_three_channels(F, x, weight, n, kwargs):
     """Return a convolution of one channel, by `n` filters, as one of three: the array, weight and kwargs.
 
     The rows of the filters are dealt out to channels that hold the image moved up by as many rows. oneDNN has
-    a kernel for AVX2 that computes the gradient of such filters, none for one channel: 1.3 times.
+    a kernel for AVX2 that computes the gradient of such filters, none for one channel: 1.2 times.
     """
     (height, width), pad = kwargs['kernel'], kwargs['pad']
     rows = math.ceil(height / 3)
