@@ -2748,6 +2748,7 @@ def test_many_waiting_reports_become_a_few_messages(wechat, tmp_path):
         utils.lock_start()
         for epoch in range(1, 2001):
             utils.chat_inf(wechat_name, epoch, 1 / epoch, 0, [0], 0.9 if epoch == 777 else 0.5)
+        open('all reported', 'w').close()
         """,
         head='utils.Run.write = lambda *args: None',
     )
@@ -2759,6 +2760,7 @@ def test_many_waiting_reports_become_a_few_messages(wechat, tmp_path):
         wechat.breaking = lambda name: 1205 if name == 'webwxsendmsg' and not calm.is_set() else None
         wechat.says('A', '开始')
         wechat.wait(lambda: sum('webwxsendmsg' in r for r in wechat.requests) > 8)
+        wechat.wait(lambda: os.path.exists(tmp_path / 'all reported'))
         calm.set()
         for name, since in so_far.items():
             wechat.wait_text('训练完成', name, since)

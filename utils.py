@@ -176,6 +176,8 @@ HAS_CUDA = glob.glob(
 if not HAS_CUDA:  # a GPU needs the other engine
     os.environ.setdefault('MXNET_ENGINE_TYPE', 'NaiveEngine')  # up to 1.04 times
     os.environ.setdefault('MXNET_EXEC_BULK_EXEC_MAX_NODE_TRAIN', '100')  # 1.02 times with 16 images
+    if CORES <= 4:  # of many threads, small operations would wait
+        os.environ.setdefault('MXNET_USE_OPERATOR_TUNING', '0')  # all cores fill arrays: 1.04 times with 64
     os.environ.setdefault('MXNET_OPTIMIZER_AGGREGATION_SIZE', '60')  # parameters: see update_by_size()
 
 NUMPY_2 = int(np.__version__.split('.')[0]) >= 2
@@ -775,12 +777,23 @@ class Compiler:
         # Blocks of 8 waste too little for it; cutting fewer images costs more than it saves, too: 1.1 times.
         copying = BLOCK == 16 and inputs[0].shape[0] >= 64
         net.hybrid_forward = functools.partial(forward_in_blocks, net, copying)
-        # MXNet keeps kernels by their parameters, of which this one means nothing on a CPU.
-        mark = {'workspace': 1024 + self.threads}
-        net.apply(lambda layer: type(layer) is nn.Conv2D and layer._kwargs.update(mark))
+        net.apply(self.prepare)
         first, *others = net._children.values()
         if in_blocks(first, *others):  # MXNet finds out too late how many channels come in to cut its filters
             first.weight.shape = first._channels, inputs[0].shape[1], *first._kwargs['kernel']
+
+    def prepare(self, layer):
+        """Have a layer computed with so many threads, by what is quick for its size."""
+        if type(layer) is nn.Conv2D:
+            # MXNet keeps kernels by their parameters, of which this one means nothing on a CPU.
+            layer._kwargs['workspace'] = 1024 + self.threads
+        elif type(layer) is nn.Dense and type(layer.act) is nn.Activation and layer.act._act_type == 'relu':
+            layer.act.hybrid_forward = relu
+
+
+def relu(F, x):
+    """Compute it without oneDNN, whose preparations take longer for few numbers."""
+    return F.relu(x)
 
 
 def in_blocks(*layers):
@@ -895,15 +908,15 @@ def in_three_channels(F, x, weight, n, kwargs):
     """
     (height, width), pad = kwargs['kernel'], kwargs['pad']
     rows = math.ceil(height / 3)
+    missing = 3 * rows - height
     if any(pad):
-        x = F.pad(x, mode='constant', pad_width=(0,) * 4 + (pad[0], pad[0], pad[1], pad[1]))
-    above = height - rows  # the last channel's rows end where the filter ends; those before it have zeros
-    moved = (0, rows, above)
-    x = F.concat(*(F.slice_axis(x, axis=2, begin=y, end=y - above or None) for y in moved), dim=1)
-    if height % 3:
-        first, last = split(F, weight, above, 2)
-        weight = F.concat(first, F.zeros((n, 1, 3 * rows - height, width)), last, dim=2)
-    return x, F.reshape(weight, shape=(0, 3, rows, width)), {**kwargs, 'kernel': (rows, width), 'pad': (0, 0)}
+        x = F.pad(x, mode='constant', pad_width=(0,) * 4 + (pad[0], pad[0] + missing, pad[1], pad[1]))
+    elif missing:  # rows below the image, whichever, for the zeros below the filters
+        x = F.concat(x, F.slice_axis(x, axis=2, begin=0, end=missing), dim=2)
+    moved = (F.slice_axis(x, axis=2, begin=i * rows, end=(i - 2) * rows or None) for i in range(3))
+    weight = append_zeros(F, [weight], 2, (n, 1, missing, width))
+    weight = F.reshape(weight, shape=(0, 3, rows, width))
+    return F.concat(*moved, dim=1), weight, {**kwargs, 'kernel': (rows, width), 'pad': (0, 0)}
 
 
 def split(F, array, at, axis):
