@@ -1,8 +1,9 @@
 """Measure the tool side by side with the tutorial's loop and with PyTorch: python .ci/bench.py
 
 All programs train the same network on the same drawn images, one after the other in every round; what counts
-are the ratios within a round. PyTorch takes part if it is installed (pip install torch==2.13.0). The tool is
-the real program, commanded through the WeChat server of the tests on loopback.
+are the ratios within a round. PyTorch takes part if it is installed (pip install torch==2.13.0); --batch and
+--neighbour need it. The tool is the real program, commanded through the WeChat server of the tests on
+loopback.
 
   (nothing)      60,000 images, batch 256, with the tutorial's loop, evaluation, answers and memory
   --batch        12,288 images, batches of 16 to 1024; tool and PyTorch read loss and accuracy of every batch
@@ -11,8 +12,10 @@ the real program, commanded through the WeChat server of the tests on loopback.
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
+import importlib.util
 import os
 import re
 import signal
@@ -290,6 +293,7 @@ class Tool:
         self.wechat.patience = 25
         env = {**self.wechat.env(), **({'OMP_NUM_THREADS': str(threads)} if threads else {})}
         self.program = Program(home, '--data', folder, *options, env=env, python=('-c', CLOCKED + RUN))
+        atexit.register(self.program.process.kill)
         self.wechat.ready()
         self.wechat.ask('ti 1 lr 0.1')
         self.epochs, self.status, self.stops, self.shares = [], [], [], []
@@ -485,6 +489,8 @@ def main():
             prepare(folder, 12288)
             return several_processes(folder, args.rounds)
     if args.batch or args.neighbour:
+        if not importlib.util.find_spec('torch'):
+            parser.error('--batch and --neighbour need PyTorch: pip install torch==2.13.0')
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             prepare(folder, 12288)
             if args.neighbour:
