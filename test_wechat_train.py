@@ -3172,6 +3172,48 @@ def test_speed_up_leaves_others_convolutions_alone_and_can_be_switched_off():
     assert np.abs(net(data).asnumpy() - fast).max() < 1e-5
 
 
+def test_speed_up_leaves_what_a_network_computes_by_itself():
+    class Residual(nn.HybridSequential):
+        def hybrid_forward(self, F, x):
+            return x + super().hybrid_forward(F, x)
+
+    net, data = Residual(), nd.random.uniform(shape=(4, 8, 12, 12))
+    net.add(nn.Conv2D(8, 3, padding=1, activation='relu'), nn.MaxPool2D(3, 1, 1))
+    net.initialize()
+    plain = net(data).asnumpy()
+    utils.speed_up(net)
+    assert np.abs(net(data).asnumpy() - plain).max() < 1e-5
+
+
+def test_speed_up_of_a_network_of_numpy_arrays_compiles_it():
+    with mx.util.np_shape(True), mx.util.np_array(True):
+        net = nn.HybridSequential()
+        net.add(nn.Dense(8, activation='relu'))
+        utils.speed_up(net)
+        net.initialize()
+        assert net(mx.np.ones((2, 3))).shape == (2, 8) and net._cached_op is not None
+
+
+def test_a_network_keeps_few_compiled_forms(monkeypatch):
+    monkeypatch.setattr(utils, 'threads', utils.Threads(9, tries=True))
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(8, 3), nn.MaxPool2D(), nn.Dense(3))
+    for _ in range(2):
+        utils.speed_up(net)
+    net.initialize()
+    [compiler] = net._forward_pre_hooks.values()
+    data, forms = nd.ones((2, 1, 9, 9)), {}
+    try:
+        for number in (1, 2, 1, 3, 1, 4, 5):
+            utils.threads.use(number)
+            net(data)
+            forms.setdefault(number, net._cached_op)
+            assert (number == compiler.threads) and (forms[number] is net._cached_op)
+        assert list(compiler.kept) == [1, 4]
+    finally:
+        utils.threads.use(1)
+
+
 @pytest.mark.parametrize('block', [8, 16])
 def test_gradients_add_up_where_they_are_to(block, monkeypatch):
     monkeypatch.setattr(utils, 'BLOCK', block)

@@ -2,8 +2,8 @@
 
 All programs train the same network on the same drawn images, one after the other in every round; what counts
 are the ratios within a round. PyTorch takes part if it is installed (pip install torch==2.13.0); --batch and
---neighbour need it. The tool is the real program, commanded through the WeChat server of the tests on
-loopback.
+--neighbour need it, --batch a C++ compiler, too (for torch.compile). The tool is the real program, commanded
+through the WeChat server of the tests on loopback. The first round comes after a minute or two.
 
   (nothing)      60,000 images, batch 256, with the tutorial's loop, evaluation, answers and memory
   --batch        12,288 images, batches of 16 to 1024; tool and PyTorch read loss and accuracy of every batch
@@ -231,7 +231,8 @@ class Worker:
     def read(self, word):
         for line in self.process.stdout:
             key, *value = line.split()
-            self.said.setdefault(key, []).extend(map(float, value))
+            with contextlib.suppress(ValueError):  # utils may say that it loads MXNet
+                self.said.setdefault(key, []).extend(map(float, value))
             if key == word:
                 return self.said[key][-1:]
         raise RuntimeError('a worker has died')
