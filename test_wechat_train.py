@@ -3208,7 +3208,7 @@ def test_a_network_keeps_few_compiled_forms(monkeypatch):
             utils.threads.use(number)
             net(data)
             forms.setdefault(number, net._cached_op)
-            assert (number == compiler.threads) and (forms[number] is net._cached_op)
+            assert number == compiler.threads and forms[number] is net._cached_op
         assert list(compiler.kept) == [1, 4]
     finally:
         utils.threads.use(1)

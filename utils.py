@@ -757,12 +757,12 @@ def speed_up(net: nn.HybridSequential, *blocks: nn.HybridBlock) -> None:
 
 
 class Compiler:
-    """Has a network compiled for its first batch, and once for every number of threads: a convolution of
+    """Has a network compiled for its first batch, and for every other number of threads: a convolution of
     MXNet keeps the number that it was first computed with. Called before every forward pass.
     """
 
     def __init__(self):
-        self.threads, self.kept = None, {}  # what it is compiled for; what was compiled for others
+        self.threads, self.kept = None, {}  # what it is compiled for; the last forms for two other numbers
 
     def __call__(self, net, inputs):
         if net._cached_op is None:  # the first time, or after hybridize()
@@ -789,7 +789,7 @@ class Compiler:
             first.weight.shape = first._channels, inputs[0].shape[1], *first._kwargs['kernel']
 
     def prepare(self, layer):
-        """Have a layer computed with so many threads, by what is quick for its size."""
+        """Have a convolution keep to so many threads, and a Dense layer compute its ReLU quickly."""
         if type(layer) is nn.Conv2D:
             # MXNet keeps kernels by their parameters, of which this one means nothing on a CPU.
             layer._kwargs['workspace'] = 1024 + self.threads
