@@ -1,85 +1,164 @@
 """Data, accuracy, the lock and the chat: what stands between a Gluon training loop and WeChat.
 
-Read from top to bottom, in the order in which things happen:
+Two processes, two halves and one door. The process that the shell starts talks; its child, the same command
+line, trains. Read from top to bottom:
 
-    what is said -> before MXNet -> the command line -> the data -> the device, the accuracy
-    -> its speed (class Threads, blocks of channels, few updates)
-    -> several processes, one chat (class Team) -> what a training loop calls
-    -> class Run -> the files of a run
-    -> class People -> what a person in the chat can say -> class Mail
-    -> class Client, its children Follower, Terminal, WeChat, FileHelper -> the client in itchat's place
+    the half that talks: two processes -> what is said -> the options -> what is remembered -> people
+        -> what can be said -> outgoing mail -> clients (Terminal, WeChat, FileHelper) -> the training process
+    the door: the talking process never comes back from `import utils`
+    the half that trains: before MXNet -> the command line -> data -> device, accuracy -> its speed
+        -> several processes (class Team) -> what a training loop calls -> class Run -> its files
+        -> the commands -> the client in itchat's place
 
-Three threads work for days. The main thread logs in, receives and answers (clients, commands, People).
-The training thread runs nn_train (everything a training loop calls). The mail thread sends (Mail). Two more
-watch: for a run that stands still and, with --workers alone, for a process that dies (Team).
+The first half knows no network and no run, only what it was told of one; the second knows no session and
+no contacts. Between them is one Line, and on it itchat's interface.
 
-Lock order: `lock` (the run, the three values, the countdown) may be held when `people.guard`, `mail.changed`
-or a client's `echo` is taken, never the other way round; these three are never held together.
+In the talking process the main thread logs in and receives (clients), the mail thread sends (Mail), one
+listens to the training process and starts it again (Trainer), one prints (Printer), one watches for a run
+that stands still. In the training process the main thread runs nn_train, one listens on the line and
+carries out commands, one draws.
+
+Lock order, talking: `trainer.guard` before `people.guard`, `mail.changed` or a client's `echo`, of which no
+two are held together, and `memory.guard` last. Training: `lock` (the run, the values) before the line's.
 """
 
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit('需要 Python 3.9 或更新的版本，现在是 %d.%d。' % sys.version_info[:2])
-if sys.version_info >= (3, 15):
+if sys.version_info >= (3, 15) and 'WECHAT_TRAIN_ROLE' not in __import__('os').environ:
     print(
         '在 Python %d.%d 上没有试过（试过的是 3.9 到 3.14），照样继续。' % sys.version_info[:2],
         file=sys.stderr,
     )
 
+import os
+import signal
+import socket
+import subprocess
+
+# ------------------------------------------------------------------------------------- two processes
+
+ROLE = 'WECHAT_TRAIN_ROLE'  # in the environment: its starter's number, what a process is, words for it
+FOLDER = os.getcwd()  # where the program was started: whatever is written lies here
+SCRIPT = getattr(sys.modules['__main__'], '__file__', None)
+COMMAND = [  # how the program was started; a script is named so that it is found from another folder, too
+    os.path.abspath(SCRIPT) if SCRIPT and argument == sys.argv[0] else argument
+    for argument in getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]  # Python 3.10 has it
+]
+
+
+def take_role() -> list:
+    """Return what this process was started as, 'trains', 'talks' or 'follows', and words; [''] by others.
+
+    What it starts itself must not take it for its own, so the mark goes from the environment.
+    """
+    starter, *mark = os.environ.pop(ROLE, '0').split()
+    return mark if mark and int(starter) == os.getppid() else ['']
+
+
+def is_started() -> bool:
+    """Return whether the script that imports this is the program that was started: x.py or -m x.
+
+    It is not in a test, a debugger, a notebook or `python -c`, nor when another module imports this one.
+    """
+    frame = sys._getframe(1)
+    while frame and (frame.f_globals is globals() or 'importlib' in frame.f_code.co_filename):
+        frame = frame.f_back
+    main = vars(sys.modules['__main__'])
+    if frame is None or frame.f_globals is not main or not main.get('__file__') or sys.flags.interactive:
+        return False
+    while frame.f_back and frame.f_back.f_globals.get('__name__') == 'runpy':  # of -m
+        frame = frame.f_back
+    return frame.f_back is None
+
+
+def start_process(role: str, command: list, *files, **how) -> tuple:
+    """Start this program in another role with these open files; return it and our end of the line."""
+    ours, theirs = socket.socketpair()
+    numbers = [theirs.fileno(), *(file.fileno() for file in files)]
+    columns = os.get_terminal_size(2).columns or 80 if os.isatty(2) else 0
+    mark = ' '.join(map(str, (os.getpid(), role, *numbers, columns)))
+    env = {**os.environ, ROLE: mark}
+    if columns:  # it has no terminal of its own
+        env.setdefault('COLUMNS', str(columns))
+    with theirs:
+        command = [sys.executable, *command]
+        return subprocess.Popen(command, env=env, cwd=FOLDER, pass_fds=numbers, **how), ours
+
+
+def start_training(place) -> tuple:
+    """Start the process that trains, in a session of its own: a terminal's signals do not reach it."""
+    pipes = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    return start_process('trains', COMMAND, place, start_new_session=True, **pipes)
+
+
+def leave_early(number, frame) -> None:
+    """End at once and without a word, at a signal before there is anything to lose."""
+    if first_process:
+        first_process[0].kill()
+    os._exit(128 + number)
+
+
+role, *role_words = take_role()
+TALKS = role == 'talks' or (not role and is_started())
+first_process = None  # the training one, started before the rest is imported: both import at the same time
+if TALKS:
+    import tempfile
+
+    for number in range(3):  # closed by the shell: what is opened next must not take a stream's number
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, leave_early if not role else signal.SIG_IGN)
+    place_file = tempfile.TemporaryFile()  # see class Place
+    place_file.write(bytes(64))
+    place_file.flush()
+    if not role:
+        first_process = start_training(place_file)
+
 import argparse
-import atexit
+import base64
 import collections
 import concurrent.futures
 import contextlib
-import csv
-import ctypes
 import email.utils
+import enum
 import fcntl
 import functools
-import gc
 import glob
 import grp
-import gzip
 import hashlib
 import html
-import importlib.util
-import inspect
 import io
 import itertools
 import json
 import logging
 import math
-import os
-import pathlib
+import mmap
+import multiprocessing.connection
 import pickle
+import queue
 import random
 import re
 import select
 import shutil
-import signal
-import socket
+import sqlite3
 import stat
-import statistics
 import struct
-import subprocess
-import tempfile
 import threading
 import time
 import traceback
 import unicodedata
 import urllib.parse
-import weakref
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
-import numpy as np
-import pooch
 import requests
 import segno
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 os.environ.pop('ITCHAT_UOS_ASYNC', None)  # its asynchronous half is another program
@@ -89,14 +168,90 @@ with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on
     from itchat.components.contact import update_local_friends
     from itchat.components.messages import produce_msg
     from itchat.returnvalues import ReturnValue
+    from itchat.storage import templates
+    from itchat.storage.messagequeue import Message
+
+
+class Line:
+    """One end of what connects the two processes: JSON objects, in order, nothing pickled.
+
+    Any thread sends; one thread alone receives.
+    """
+
+    def __init__(self, number: int):
+        self.connection = multiprocessing.connection.Connection(number)
+        self.guard = threading.Lock()
+
+    def send(self, do: str, **message) -> None:
+        """Send {'do': do, ...}; when the other process is gone, its end is noticed where it is received."""
+        content = json.dumps({'do': do, **message}, default=as_json).encode()
+        with self.guard, contextlib.suppress(OSError):
+            self.connection.send_bytes(content)
+
+    def receive(self, *others: Any) -> Optional[dict]:
+        """Return what comes next; None at the end of the other process.
+
+        `others` are files that can be read when that process is gone though some child of its holds the line.
+        """
+        with contextlib.suppress(OSError, EOFError):
+            if self.connection in multiprocessing.connection.wait([self.connection, *others]):
+                return json.loads(self.connection.recv_bytes())
+        return None
+
+
+def as_json(value: Any) -> Any:
+    """Return what stands in JSON for what it does not know: bytes, a set, a person's own objects."""
+    if isinstance(value, bytes):
+        return {'bytes': base64.b64encode(value).decode()}
+    return list(value) if isinstance(value, (set, tuple)) else str(value)
+
+
+class Phase(enum.IntEnum):
+    """What the training process is doing."""
+
+    WAITING = 0  # for 开始
+    PREPARING = 1  # data, network
+    TRAINING = 2  # within a pass over the training data
+    BETWEEN = 3  # testing, saving, or not using progress()
+    ENDING = 4  # after 停止
+
+
+class Place:
+    """Where the training is: memory that both processes see, and that a kill -9 leaves as it was.
+
+    The training process writes it (with `lock`), any thread of the talking one reads it.
+    """
+
+    FIELDS = 'phase', 'epochs', 'length', 'batch', 'batches', 'epoch_from', 'epoch_began', 'last_step'
+
+    def __init__(self, number: int):
+        self.memory = mmap.mmap(number, 64)
+
+    def write(self, *numbers: float) -> None:
+        """Write FIELDS; the last two are by time.monotonic(), which is the same in both processes."""
+        struct.pack_into('8d', self.memory, 0, *numbers)
+
+    def read(self) -> dict:
+        """Return FIELDS."""
+        return dict(zip(self.FIELDS, struct.unpack_from('8d', self.memory)))
+
+
+def place_in_words(epochs: float, batch: float, batches: float, to: str = '到') -> str:
+    """Return a place in the current epoch, in words."""
+    return f'第 {epochs + 1:.0f} 轮{to}第 {batch:.0f}{f"/{batches:.0f}" if batches else ""} 批'
+
 
 # ----------------------------------------------------------------------------------------- what is said
 
 
 def say(text: str) -> None:
     """Print `text` on the terminal with the time, above a progress bar if there is one."""
-    lines = [visible(line) for line in text.split('\n')]
-    tqdm.write(time.strftime('%H:%M:%S ') + '\n'.join(lines))
+    print_line(time.strftime('%H:%M:%S ') + '\n'.join(visible(line) for line in text.split('\n')))
+
+
+def print_line(text: str) -> None:
+    """Print a line, or several, in one piece."""
+    tqdm.write(text + '\n', end='')
 
 
 def visible(text: str) -> str:
@@ -117,6 +272,35 @@ def print_traceback() -> None:
     sys.stderr.write(re.sub(r'\?\S*=\S*', '?...', traceback.format_exc()))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says; MXNet puts a traceback of its own before it."""
+    try:
+        lines = str(error).strip().split('\n')
+    except Exception:  # of its own __str__
+        return '没有说明'
+    return (lines[-1 if lines[0].startswith('Traceback') else 0] or '没有说明')[:200]
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, to the precision that a person needs.
+
+    >>> duration(7.25), duration(80), duration(7500)
+    ('7.2 秒', '1 分 20 秒', '2 小时 5 分')
+    """
+    if seconds < 10:
+        return f'{seconds:.1f} 秒'
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f'{hours} 小时 {minutes} 分'
+    return f'{minutes} 分 {seconds} 秒' if minutes else f'{seconds} 秒'
+
+
+def shown(path: str) -> str:
+    """Return a path as a person reads it: from the program's folder, if it lies there."""
+    return os.path.relpath(path, FOLDER) if os.path.abspath(path).startswith(FOLDER + os.sep) else path
+
+
 @contextlib.contextmanager
 def waiting_for(what: str) -> Iterator:
     """Say what is being waited for when it takes longer than two seconds."""
@@ -127,6 +311,108 @@ def waiting_for(what: str) -> Iterator:
         yield
     finally:
         timer.cancel()
+
+
+class Printer:
+    """Prints what both processes say, by a thread of its own: a terminal that nobody reads holds up nobody.
+
+    Every thread of the talking process puts something in; `changed` guards it all. What is too much is
+    dropped, the oldest first, and how much that was is said.
+    """
+
+    ROOM = 2**20  # bytes that may wait
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.waiting = collections.deque()  # (file descriptor, who says it, bytes)
+        self.size = self.dropped = 0  # bytes that wait; lines that were dropped
+        self.bar = self.drawn = b''  # the progress bar as it is to be; as it is on the terminal
+        self.unfinished = None  # who has begun a line that has no end yet
+        self.written = 0  # pieces so far
+        self.busy = False
+        threading.Thread(target=self.work, name='printer', daemon=True).start()
+
+    def put(self, number: int, source: str, content: bytes) -> None:
+        """Let `content` be printed on a file descriptor; return at once."""
+        with self.changed:
+            self.waiting.append((number, source, content))
+            self.size += len(content)
+            while self.size > self.ROOM and len(self.waiting) > 1:
+                _, _, oldest = self.waiting.popleft()
+                self.size -= len(oldest)
+                self.dropped += oldest.count(b'\n')
+            self.changed.notify_all()
+
+    def show_bar(self, text: str) -> None:
+        """Let `text` be the progress bar, if there is a terminal."""
+        with self.changed:
+            self.bar = text.encode(errors='replace') if os.isatty(2) else b''
+            self.changed.notify_all()
+
+    def work(self) -> None:
+        """Print what is put in: the work of the printer's thread."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.bar != self.drawn)
+                number, source, content = self.waiting.popleft() if self.waiting else (2, '', b'')
+                self.size -= len(content)
+                if self.dropped:
+                    content = f'（有 {self.dropped} 行没有打印：终端没有在读）\n'.encode() + content
+                    self.dropped = 0
+                bar, self.busy = self.bar, True
+            self.print(number, source, content, bar)
+            with self.changed:
+                self.busy, self.written = False, self.written + 1
+                self.bar = self.drawn if self.unfinished else self.bar  # it has no room under a half line
+                self.changed.notify_all()
+
+    def print(self, number: int, source: str, content: bytes, bar: bytes) -> None:
+        """Write one piece, after the end of a line of somebody else's, and the bar under it."""
+        if self.drawn:
+            self.write(2, b'\r\x1b[K')
+        if content:
+            if self.unfinished not in (None, source):
+                self.write(number, b'\n')
+            self.write(number, content)
+            self.unfinished = None if content.endswith((b'\n', b'\r')) else source
+        self.drawn = bar if self.unfinished is None else b''
+        self.write(2, self.drawn)
+
+    def write(self, number: int, content: bytes) -> None:
+        """Write all of it, or nothing more when the disk is full or the terminal gone."""
+        with contextlib.suppress(OSError):
+            while content:
+                content = content[os.write(number, content) :]
+
+    def close(self) -> None:
+        """Wait until all is printed, but not for a terminal that takes nothing for a second."""
+        with self.changed:
+            self.bar = b''
+            while self.waiting or self.busy or self.drawn:
+                written = self.written
+                self.changed.notify_all()
+                if not self.changed.wait_for(lambda n=written: self.written != n, 1):
+                    return
+
+
+class Printed(io.TextIOBase):
+    """The standard output or error of the talking process: hands on what is written, and never raises."""
+
+    def __init__(self, number: int, encoding: str, put: Callable):
+        self.number, self.put, self.charset = number, put, encoding
+
+    encoding = property(lambda self: self.charset)
+
+    def write(self, text: str) -> int:
+        if text:
+            self.put(self.number, 'own', text.encode(self.charset, 'replace'))
+        return len(text)
+
+    def isatty(self) -> bool:
+        return os.isatty(self.number)
+
+    def fileno(self) -> int:
+        return self.number
 
 
 class SafeStream:
@@ -149,18 +435,2568 @@ class SafeStream:
 
 
 def make_streams_safe() -> None:
-    """Let nothing that is said or typed raise."""
+    """Let nothing that is said or typed raise, and every line be read as soon as it is whole."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name) or open(os.devnull, 'w')  # None: it was closed before the program began
-        if not isinstance(stream, SafeStream):
-            if hasattr(stream, 'reconfigure'):
-                stream.reconfigure(errors='replace')  # a terminal without Chinese is no reason to end
+        if not isinstance(stream, (SafeStream, Printed)):
+            if hasattr(stream, 'reconfigure'):  # a terminal without Chinese is no reason to end
+                stream.reconfigure(errors='replace', line_buffering=True)
             setattr(sys, name, SafeStream(stream))
     if hasattr(sys.stdin, 'reconfigure'):
         sys.stdin.reconfigure(errors='replace')
 
 
+def let_print(put: Callable) -> None:
+    """Let put(descriptor, who, bytes) have all that this process prints."""
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        stream = getattr(sys, name)
+        setattr(sys, name, Printed(number, getattr(stream, 'encoding', None) or 'utf-8', put))
+
+
+# ------------------------------------------------------------------------------------- the options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options that every script has that calls parse_args()."""
+    parser = argparse.ArgumentParser(
+        description='训练神经网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。',
+        epilog='退出状态：0 正常；1 登录失败或训练出错；2 选项不对；130、143、129 是被信号结束。',
+    )
+    add = parser.add_argument
+    add('--console', action='store_true', help='不用微信，在终端里输入同样的命令')
+    add('--data', metavar='DIR', help='Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）')
+    add('--demo', action='store_true', help='--console，并用程序自己画的小图：不需要微信，也不需要网络')
+    add(
+        '--filehelper',
+        action='store_true',
+        help='从文件传输助手登录：什么账号都可以，在自己手机的“文件传输助手”里发命令',
+    )
+    add('--logout', action='store_true', help='结束存下的登录（服务器上的也结束），删掉它的文件')
+    add(
+        '--seed',
+        type=int,
+        default=0,
+        help='随机种子：种子和 OMP_NUM_THREADS 都相同，训练的结果就相同（默认 0）',
+    )
+    add(
+        '--supervisor',
+        metavar='NAME',
+        action='append',
+        default=[],
+        help='谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以',
+    )
+    add('--then', metavar='CMD', help='训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown')
+    add('--gpu', type=int, default=0, metavar='I', help='用第几块 GPU，从 0 数起（默认 0）')
+    add(
+        '--workers',
+        type=int,
+        default=1,
+        metavar='N',
+        help='由 N 个进程一起训练（默认 1），各用一块 GPU；bs 是合起来的',
+    )
+    add(
+        '--host',
+        metavar='IP',
+        help='本机的地址：其余 N-1 个进程在别的机器上，用 --join 加入；只用于信得过的网络',
+    )
+    add('--port', type=int, default=9091, help='与 --host 一起：在哪个端口等它们（默认 9091）')
+    add(
+        '--join',
+        metavar='IP:PORT',
+        help='不进微信，只跟着那台机器上的程序训练；程序、数据和 --workers 要和那里一样',
+    )
+    add(
+        '--trace',
+        metavar='FILE',
+        help='把每个请求和回答记进 FILE，密钥、名字、文字都涂黑，可以附在问题报告里',
+    )
+    parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
+    parser.set_defaults(retry=1)  # seconds until what failed is tried again; twice as many every time
+    parser.set_defaults(timeout=itchat.config.TIMEOUT)  # seconds to connect, to wait for an answer
+    parser.set_defaults(silence=300)  # seconds without a batch that are told
+    return parser
+
+
+options = make_parser().parse_args([])  # the defaults; what the command line says comes with the login
+
+# ------------------------------------------------------------------------------- what is remembered
+
+RUNS = os.path.join(FOLDER, 'runs')
+NEW = '.new'  # behind the name of what is being written
+
+
+class Memory:
+    """What outlives the program: one SQLite file, which the talking process alone reads and writes.
+
+    Every thread of it does, in whole transactions; `guard` guards the connection. When the file cannot be
+    written any more, all goes on in memory, and back to the file once that works again.
+    """
+
+    NAME = '.wechat_train.db'
+    TABLES = """
+        CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT);  -- JSON
+        CREATE TABLE IF NOT EXISTS person (key INTEGER PRIMARY KEY, user_name TEXT, nickname TEXT,
+            remark TEXT, role TEXT, called TEXT, refused INTEGER);  -- see class Person
+        CREATE TABLE IF NOT EXISTS letter (key INTEGER PRIMARY KEY AUTOINCREMENT, person INTEGER, kind TEXT,
+            content TEXT, test_acc REAL);  -- still to be sent, in this order
+        CREATE TABLE IF NOT EXISTS message (id TEXT PRIMARY KEY, person INTEGER, text TEXT, written REAL,
+            waiting INTEGER, tries INTEGER);  -- commands; waiting: not answered yet
+        CREATE TABLE IF NOT EXISTS run (number INTEGER PRIMARY KEY, person INTEGER, begun REAL, ended REAL,
+            ending TEXT, facts TEXT);  -- ending: NULL until it is over; facts: JSON
+    """
+
+    def __init__(self):
+        self.guard = threading.RLock()
+        self.path = os.path.join(FOLDER, self.NAME)
+        self.db = None
+        self.in_file = False
+
+    def open(self) -> None:
+        """Open the file, or a new one in the place of one that is damaged or that others may write."""
+        trouble = self.trouble()
+        if trouble:
+            for path in glob.glob(glob.escape(self.path) + '*'):
+                os.replace(path, path + '.bad')
+            say(f'{self.NAME} {trouble}，改名为 {self.NAME}.bad：监督人、三个值和没发出去的都忘记了。')
+        try:
+            open(self.path, 'a', opener=functools.partial(os.open, mode=0o600)).close()
+            self.db, self.in_file = self.connect(self.path), True
+        except (OSError, sqlite3.Error):  # a folder that cannot be written: lock_folder() has said so
+            self.db = self.connect(':memory:')
+
+    def connect(self, path: str) -> sqlite3.Connection:
+        """Return a connection to a file with all tables in it."""
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        db.execute('PRAGMA synchronous = FULL')  # a power cut leaves whole transactions
+        db.executescript(self.TABLES)
+        return db
+
+    def trouble(self) -> str:
+        """Return why the file that is there is not to be used, '' if it is or there is none."""
+        try:
+            status = os.lstat(self.path)
+        except FileNotFoundError:
+            return ''
+        if not stat.S_ISREG(status.st_mode) or not is_own(status) or status.st_mode & 0o077:
+            return '不是只有你能读写的文件，里面可能是别人放的东西'
+        try:
+            with contextlib.closing(self.connect(self.path)) as db:
+                [[answer]] = db.execute('PRAGMA quick_check(1)')
+                for table in ('setting', 'person', 'letter', 'message', 'run'):
+                    db.execute(f'SELECT * FROM {table}').fetchall()
+            return '' if answer == 'ok' else '已损坏'
+        except (sqlite3.Error, ValueError):
+            return '已损坏'
+
+    def rows(self, sql: str, *values: Any) -> list:
+        """Return what a SELECT finds."""
+        with self.guard:
+            return self.db.execute(sql, values).fetchall()
+
+    def write(self, *statements: tuple) -> list:
+        """Carry out all (sql, value, ...) in one transaction; return the key of the row that each added."""
+        with self.guard:
+            try:
+                return self.transact(statements)
+            except sqlite3.Error as error:  # a full disk, a folder that is gone
+                if not self.in_file:
+                    raise
+                say(f'{self.NAME} 写不了了（{error}）：从现在起的事，程序重新启动就会忘记。')
+                copy = self.connect(':memory:')
+                with contextlib.suppress(sqlite3.Error):
+                    self.db.backup(copy)
+                self.db, self.in_file = copy, False
+                return self.transact(statements)
+
+    def transact(self, statements: Iterable) -> list:
+        """Do what write() does, or raise sqlite3.Error and leave all as it was."""
+        self.db.execute('BEGIN IMMEDIATE')
+        try:
+            keys = [self.db.execute(sql, values).lastrowid for sql, *values in statements]
+            self.db.execute('COMMIT')
+            return keys
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute('ROLLBACK')
+            raise
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a setting."""
+        found = self.rows('SELECT value FROM setting WHERE name = ?', name)
+        return json.loads(found[0][0]) if found else default
+
+    def still_alive(self) -> None:
+        """Note that the program is at work now, and try the file again if it could not be written."""
+        with self.guard:
+            if not self.in_file and os.path.exists(self.path):
+                with contextlib.suppress(sqlite3.Error), contextlib.closing(self.connect(self.path)) as file:
+                    self.db.backup(file)
+                    self.db, self.in_file = self.connect(self.path), True
+            self.write(set_setting('alive', time.time()))
+
+
+def set_setting(name: str, value: Any) -> tuple:
+    """Return the statement that remembers a setting."""
+    return 'INSERT OR REPLACE INTO setting VALUES (?, ?)', name, json.dumps(value)
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Return whether a file or folder is the user's (a folder may be root's) and nobody else may write it.
+
+    A group that has nobody else in it is no danger: on many systems everybody has one.
+    """
+    if status.st_uid != os.getuid() and not (status.st_uid == 0 and stat.S_ISDIR(status.st_mode)):
+        return False
+    shared = bool(status.st_mode & stat.S_IWOTH)
+    if status.st_mode & stat.S_IWGRP:
+        try:
+            shared |= status.st_gid != os.getgid() or bool(grp.getgrgid(status.st_gid).gr_mem)
+        except KeyError:
+            shared = True
+    return not shared
+
+
+def open_private(path: Any) -> Any:
+    """Open a file to read bytes that are executed when they are unpickled.
+
+    Raises PermissionError, with the way out, unless the file belongs to the user and nobody else can write it
+    or exchange it in its folder. The bytes of one that another process has handed over are taken as they are.
+    """
+    if isinstance(path, bytes):
+        return io.BytesIO(path)
+    f = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
+    folder = os.path.dirname(os.path.abspath(path))
+    if not is_own(os.fstat(f.fileno())) or not (
+        is_own(os.stat(folder)) or os.stat(folder).st_mode & stat.S_ISVTX
+    ):
+        f.close()
+        raise PermissionError(
+            0,
+            f'别人能改写这个文件或它的文件夹，里面可能是别人放的东西；是自己的就 chmod go-w {path} {folder}',
+        )
+    return f
+
+
+def lock_folder(part: int, wait: bool = False) -> Any:
+    """Lock a part (0: who talks, 1: who trains) of the file that says who is at work in this folder.
+
+    Return the open file; end the program if another one has the part, or `wait` for it. The lock is the
+    system's and the process's own: it ends with it, and no child of it has it.
+    """
+    path = os.path.join(FOLDER, '.wechat_train.lock')
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
+    try:
+        f = open(path, 'r+', opener=lambda name, _: os.open(name, flags, 0o600))
+    except OSError as error:
+        if part == 0:
+            say(f'这个文件夹不能写（{error.strerror}）：检查点、登录状态都存不下来。')
+        return None
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, part)
+    except (BlockingIOError, PermissionError):
+        holder = f.readline(20).strip()
+        sys.exit(f'这个文件夹里已经有一个程序在运行（进程 {holder}）。请先停掉它，或换一个文件夹。')
+    except OSError:  # a file system without locks
+        return f
+    if part == 0 and is_own(os.fstat(f.fileno())):
+        f.write(f'{os.getpid():<18}\n')
+        f.flush()
+    return f
+
+
+def make_run_folder() -> str:
+    """Return a new folder for a run. Raises OSError."""
+    os.makedirs(RUNS, exist_ok=True)
+    name = os.path.join(RUNS, time.strftime('%Y%m%d-%H%M%S'))
+    others = (f'{name}-{i}' for i in itertools.count(2))  # for runs of the same second
+    while True:
+        try:
+            os.mkdir(name, 0o755)  # nobody else may put a checkpoint there: see open_private()
+            return name
+        except FileExistsError:
+            name = next(others)
+
+
+# -------------------------------------------------------------------------------------------- people
+
+
+class Person:
+    """Somebody who writes to the account.
+
+    Within a login it is `user_name`, WeChat's, that says who it is; what WeChat shows, the remark and the
+    nickname, serves for reading and for finding the person again at the next login. Changed by People alone.
+    """
+
+    def __init__(self, user_name: Optional[str], nickname: str = '', remark: str = ''):
+        self.user_name, self.nickname, self.remark = user_name, nickname, remark
+        self.role = ''  # 'first': came first; 'named': on the command line, as `called`
+        self.called = ''
+        self.refused = False  # was told that he or she may not command
+        self.key = None  # in the memory
+
+    @property
+    def name(self) -> str:
+        """What the owner sees."""
+        return self.remark or self.nickname or '（没有名字）'
+
+
+OWNER = Person('filehelper', 'filehelper')  # the account's own notes to 文件传输助手
+OWNER.key = 0
+
+
+class People:
+    """Who writes to the account, and who of them may command.
+
+    The main thread brings the messages and the logins, the others ask for audience() and addresses; `guard`
+    guards what it knows.
+    """
+
+    def __init__(self):
+        self.guard = threading.Lock()
+        self.known = {'filehelper': OWNER}  # UserName -> Person, of this login
+        self.by_key = {0: OWNER}  # those who are in the memory
+
+    def begin(self) -> None:
+        """Remember who was known; those who were named before but are not now, or came first, give way."""
+        for row in memory.rows('SELECT user_name, nickname, remark, role, called, refused, key FROM person'):
+            person = Person(*row[:3])
+            person.role, person.called, person.refused, person.key = row[3:]
+            if options.supervisor and person.called not in options.supervisor:
+                person.role = ''
+            self.by_key[person.key] = person
+            if person.user_name:
+                self.known[person.user_name] = person
+
+    def forget(self) -> None:
+        """Another account has logged in, or the login is over: nobody is known any more."""
+        with self.guard:
+            self.known, self.by_key = {'filehelper': OWNER}, {0: OWNER}
+            memory.write(('DELETE FROM person',), ('DELETE FROM setting WHERE name = ?', 'account'))
+        mail.forget()
+
+    def keep(self, person: Person) -> None:
+        """Write a person into the memory. Needs the guard."""
+        if person is not OWNER:
+            row = person.user_name, person.nickname, person.remark, person.role, person.called, person.refused
+            sql = 'INSERT OR REPLACE INTO person VALUES (?, ?, ?, ?, ?, ?, ?)'
+            [person.key] = memory.write((sql, person.key, *row))
+            self.by_key[person.key] = person
+
+    def supervisors(self) -> list:
+        """Return those who supervise. Needs the guard."""
+        return [person for person in self.by_key.values() if person.role]
+
+    def writer(self, msg: dict) -> Optional[Person]:
+        """Return the friend, or the owner, who wrote a message; None for anybody else's."""
+        user_name = msg['User'].get('UserName')
+        if user_name == 'filehelper':  # the owner's note to oneself: its FromUserName is the owner's own
+            return OWNER if msg['ToUserName'] == 'filehelper' else None
+        # Unequal: the owner writes to a friend. No NickName: not in the contacts, or WeChat itself.
+        if user_name != msg['FromUserName'] or 'NickName' not in msg['User']:
+            return None
+        with self.guard:
+            return self.meet(msg['User'])
+
+    def meet(self, friend: dict) -> Person:
+        """Return the Person that an entry of the contacts stands for. Needs the guard."""
+        person = self.known.setdefault(friend['UserName'], Person(friend['UserName']))
+        names = friend.get('NickName') or '', friend.get('RemarkName') or ''
+        if names != (person.nickname, person.remark):
+            person.nickname, person.remark = names
+            if person.key is not None:
+                self.keep(person)
+        return person
+
+    def permit(self, person: Person, old: bool = False) -> bool:
+        """Return whether `person` may command; one who may not is told so, once.
+
+        The first who commands may from then on, if nobody was named; an `old` command makes nobody the first.
+        """
+        with self.guard:
+            nobody = person is not OWNER and not self.supervisors() and not options.supervisor
+            first = nobody and not old
+            permitted = nobody or person is OWNER or bool(person.role)
+            to_refuse = not permitted and not person.refused
+            if first or to_refuse or person.key is None:
+                person.role = 'first' if first else person.role
+                person.refused |= to_refuse
+                self.keep(person)
+        if first:
+            mail.put((person, '程序结束前，只有你（和机主）能下命令。'))
+        if to_refuse:
+            mail.put((person, '抱歉，这里的训练由别人监督，你的命令没有执行。'))
+        return permitted
+
+    def rename(self, friends: list) -> None:
+        """Note the names of entries of the contacts that have changed."""
+        with self.guard:
+            for friend in friends:
+                if friend['UserName'] in self.known:
+                    self.meet(friend)
+
+    def audience(self, key: Optional[int], owner: bool = False) -> list:
+        """Return who gets the reports of a run that the person with this key has started.
+
+        With `owner`, the owner if there is nobody else.
+        """
+        with self.guard:
+            persons = [self.by_key.get(key), *self.supervisors()]
+        return [p for p in dict.fromkeys(persons) if p] or [OWNER] * owner
+
+    def address(self, person: Person) -> Optional[str]:
+        """Return the UserName that reaches `person` in this login, or None."""
+        with self.guard:
+            return person.user_name
+
+    def find_again(self, account: list) -> None:
+        """After a login find all who are known again; it is another account's if no word is the same."""
+        before = memory.get('account', account)
+        if not set(before) & set(account):
+            say('换了一个微信账号：以前的监督人不再有效。')
+            self.forget()
+        memory.write(set_setting('account', account))
+        friends = itchat.instance.get_friends()[1:]  # the first is the account itself
+        current = {friend['UserName'] for friend in friends}
+        with self.guard:
+            persons = dict.fromkeys([*self.by_key.values(), *self.known.values()])
+            self.known = {'filehelper': OWNER}
+            for person in persons:
+                if person.user_name in current:  # the program was started again, the login is the same
+                    self.known[person.user_name] = person
+                elif person is not OWNER:
+                    person.user_name = None
+                    self.find(friends, person.name, person)
+            for friend in friends:
+                if friend['UserName'] in self.known:
+                    self.meet(friend)
+            for name in options.supervisor:
+                if not any(person.called == name for person in self.by_key.values()):
+                    person = self.find(friends, name)  # once: from then on it is the person, whatever
+                    if person:  # others are called
+                        person.role, person.called = 'named', name
+                        self.keep(person)
+            for person in self.by_key.values():
+                if person.called in options.supervisor:
+                    person.role = 'named'
+                self.keep(person)
+
+    def find(self, friends: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
+        """Return the one friend called `name`, as `person` if given, or say why not. Needs the guard.
+
+        The owner's remarks count before the nicknames, which their bearers choose.
+        """
+        shown = [f for f in friends if f.get('RemarkName') == name]
+        shown = shown or [f for f in friends if f.get('NickName') == name]
+        if len(shown) == 1:
+            if person is not None and shown[0]['UserName'] not in self.known:
+                person.user_name = shown[0]['UserName']
+                self.known[person.user_name] = person
+            return self.meet(shown[0])
+        why = f'有 {len(shown)} 个好友叫这个名字，请用备注名区分' if shown else '好友里没有这个人'
+        if person is None or person.role:
+            say(f'监督人“{visible(name)}”：{why}')
+        return None
+
+
+# ------------------------------------------------------------------------------------ what can be said
+
+
+class Command(NamedTuple):
+    """A word in the chat: what it is in Chinese, and its help. Class Commands has a method of its name."""
+
+    chinese: str
+    help: str
+    number: str = ''  # with a number behind the word; the help's example
+    optional: bool = False  # may the number be left out?
+
+    def help_line(self) -> str:
+        """Return what 帮助 says of it."""
+        return f'{self.chinese}{"" if self.optional else self.number}：{self.help}'
+
+
+COMMANDS = {
+    'start': Command('开始', '从头训练'),
+    'stop': Command('停止', '算完这一批就停'),
+    'resume': Command('继续', '接着上次的训练'),
+    'status': Command('状态', '现在到哪了'),
+    'plot': Command('曲线', '损失和精度的图', ' 2', optional=True),
+    'mistakes': Command('错图', '认错的测试图'),
+    'runs': Command('记录', '最近几次训练，比一比'),
+    'rollback': Command('回退', '回到最好的一轮'),
+    'restart': Command('重启', '卡住了，就重新启动训练的进程'),
+    'params': Command('参数', '看 lr、ti、bs 三个值'),
+    'report': Command('报告', '几轮报告一次，0 只说要紧的', ' 5'),
+    'quiet': Command('安静', '就是报告 0'),
+    'patience': Command('早停', '几轮没有更好就结束，0 不早停', ' 5'),
+    'cancel': Command('取消', '不执行训练后的命令'),
+    'help': Command('帮助', ''),
+}
+GROUPS = {  # of the help
+    '训练': ('start', 'stop', 'resume', 'rollback', 'restart'),
+    '查看': ('status', 'plot', 'mistakes', 'runs', 'params'),
+    '打扰多少': ('report', 'quiet', 'patience', 'cancel'),
+}
+HELP = '\n'.join(
+    [
+        '\n'.join([f'【{group}】', *(COMMANDS[word].help_line() for word in words)])
+        for group, words in GROUPS.items()
+    ]
+    + ['【设值】', 'lr 0.1：学习率，也可以 lr x0.5、lr /2', 'ti 5：训练几轮', 'bs 128：每批几张']
+)
+
+NAMES = {'lr': 'learning_rate', 'ti': 'training_iters', 'bs': 'batch_size'}
+LIMITS = {  # type, smallest, largest, what to write in Chinese
+    'learning_rate': (float, 1e-9, 100, '学习率要大于 0、不超过 100，例如 lr 0.1'),
+    'training_iters': (int, 1, 100000, '轮数要是 1 到 100000 的整数，例如 ti 5'),
+    'batch_size': (int, 1, 10000, '批量要是 1 到 10000 的整数，例如 bs 128'),
+}
+
+
+def parse(text: str) -> Any:
+    """Return the command in a chat text: a word of COMMANDS, or it and its number, or a list of (name, value)
+    to set, both strings; None when it is no command.
+
+    >>> parse('LR＝０.１，ti 5')
+    [('learning_rate', '0.1'), ('training_iters', '5')]
+    """
+    if len(text) > 200:
+        return None
+    text = unicodedata.normalize('NFKC', text).lower()  # NFKC: full-width to ASCII
+    text = text.replace('\ufeff', '').strip().rstrip('。.!')
+    counted = re.fullmatch(r'(\D+?)[\s=:]*(\d{1,6})', text)
+    for word, command in COMMANDS.items():
+        if command.number and counted and counted[1] in (word, command.chinese):
+            return word, int(counted[2])
+        if (not command.number or command.optional) and text in (word, command.chinese):
+            return word
+    text = re.sub(r'\b(lr|learning_rate)[\s=:]*([x*/×÷])\s*', r'\1 \2', text).translate(
+        str.maketrans('×÷', 'x/')
+    )
+    parts = re.split(r'[\s=:,;、]+', text)
+    names = [NAMES.get(name, name) for name in parts[::2]]
+    values = parts[1::2]
+    if len(names) == len(values) and set(names) <= set(LIMITS) and all(v.isascii() and v for v in values):
+        return list(zip(names, values))
+    return None
+
+
+def read_value(name: str, text: str, now: float = 0) -> Any:
+    """Return the number that `text` writes for the parameter `name`; ValueError says what is allowed.
+
+    A learning rate may be relative to the one `now`: x0.5, *0.5, /2.
+    """
+    kind, smallest, largest, allowed = LIMITS[name]
+    number = r'[+-]?\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
+    sign, rest = (text[:1], text[1:]) if kind is float and text[:1] in ('x', '*', '/') else ('', text)
+    if re.fullmatch(number, rest):
+        value = kind(rest)
+        if sign:
+            value = float(f'{now / (value or math.inf) if sign == "/" else now * value:.6g}')
+        if smallest <= value <= largest:
+            return value
+    raise ValueError(f'{text[:20]} 不行：{allowed}')
+
+
+def values_text(lr: float, ti: int, bs: int) -> str:
+    """Return the three values in words."""
+    return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}'
+
+
+# ------------------------------------------------------------------------------------- outgoing mail
+
+
+class Letter(NamedTuple):
+    """What is to be sent to somebody: a text, the report after an epoch, or the path of a picture.
+
+    Of reports that have had to wait, `test_acc` says which is the best.
+    """
+
+    content: str
+    kind: str = 'text'  # 'report', 'picture'
+    test_acc: float = 0.0
+    key: int = 0  # in the memory
+
+    def text(self) -> str:
+        """Return what can be sent, or written down, in any case."""
+        return f'图片没有传上去，在 {shown(self.content)}' if self.kind == 'picture' else self.content
+
+
+class Outbox:
+    """What is to be sent to one person, in order. Part of Mail, and guarded as it is."""
+
+    def __init__(self):
+        self.letters = collections.deque()
+        self.tries = 0  # failed so far, of the first letter
+        self.due = 0  # when to try again, by time.monotonic()
+        self.late = False  # has something had to wait? Then it is merged
+
+
+class Mail:
+    """The mail: an outbox for each person, emptied by one thread, for ever.
+
+    Every thread puts letters in. `changed` guards everything, and is told of every change; while it is held
+    nothing is sent. What is in the outboxes is in the memory as well.
+    """
+
+    SCREENFUL, LONGEST = 4, 1800  # reports in a message; characters in one
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.outboxes = {}  # Person -> Outbox
+        self.online = False  # is there a session to send in?
+        self.thread = threading.Thread(target=self.deliver, name='mail', daemon=True)
+
+    def begin(self) -> None:
+        """Take up what an earlier program has not sent, and begin to send."""
+        for key, person, kind, content, test_acc in memory.rows('SELECT * FROM letter ORDER BY key'):
+            outbox = self.outboxes.setdefault(people.by_key.get(person, OWNER), Outbox())
+            outbox.letters.append(Letter(content, kind, test_acc, key))
+            outbox.late = True
+        self.thread.start()
+
+    def put(self, *pairs: tuple, also: Iterable = ()) -> None:
+        """Queue (person, letter or text) pairs; return at once. What else is to be remembered of what has
+        happened, statements for the memory, is so together with them or not at all."""
+        pairs = [(person, x if isinstance(x, Letter) else Letter(x)) for person, x in pairs]
+        with self.changed:
+            sql = 'INSERT INTO letter (person, kind, content, test_acc) VALUES (?, ?, ?, ?)'
+            rows = [(sql, person.key, x.kind, printable(x.content), x.test_acc) for person, x in pairs]
+            keys = memory.write(*rows, *also)
+            for key, (person, letter) in zip(keys, pairs):
+                self.outboxes.setdefault(person, Outbox()).letters.append(letter._replace(key=key))
+            self.changed.notify_all()
+
+    def set_online(self, online: bool) -> None:
+        """Note that a session has begun or ended. What was refused in the old one is tried in the new one."""
+        with self.changed:
+            self.online = online
+            for outbox in self.outboxes.values():
+                outbox.due = 0
+                outbox.late |= not online and bool(outbox.letters)
+            self.changed.notify_all()
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """Wait until everything is sent; return False when it was not in `timeout` seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not self.unsent(), timeout)
+
+    def unsent(self) -> int:
+        """Return how many letters wait. Needs `changed`, or to be content with about."""
+        return sum(len(outbox.letters) for outbox in list(self.outboxes.values()))
+
+    def forget(self) -> None:
+        """Write down what was for others than the owner: they are not known any more."""
+        with self.changed:
+            for person, outbox in self.outboxes.items():
+                if person is not OWNER and outbox.letters:
+                    for letter in outbox.letters:
+                        write_undelivered(person, letter.text(), '换了登录')
+                    self.remove(outbox, len(outbox.letters))
+
+    def deliver(self) -> None:
+        """Send what is in the outboxes: the work of the mail's thread."""
+        while True:
+            person, outbox = self.next_outbox()
+            problem, count = self.send_from(person, outbox)
+            with self.changed:
+                if problem:
+                    outbox.tries, outbox.late = outbox.tries + 1, True
+                    outbox.due = time.monotonic() + min(options.retry * 2 ** (outbox.tries - 1), 60)
+                else:
+                    self.remove(outbox, count)
+                self.changed.notify_all()
+            if problem:
+                itchat.instance.log(f'还没有发给 {visible(person.name)}（{problem}），会再试。')
+
+    def remove(self, outbox: Outbox, count: int) -> None:
+        """The first letters of an outbox are done with. Needs `changed`."""
+        sent = [outbox.letters.popleft() for _ in range(count)]
+        memory.write(*(('DELETE FROM letter WHERE key = ?', letter.key) for letter in sent))
+        outbox.tries, outbox.late = 0, outbox.late and bool(outbox.letters)
+
+    def next_outbox(self) -> tuple:
+        """Wait for an outbox from which something can be sent now; return its person and itself."""
+        with self.changed:
+            while True:
+                waiting = [(o.due, p) for p, o in self.outboxes.items() if o.letters and self.online]
+                due, person = min(waiting, key=lambda pair: pair[0], default=(None, None))
+                now = time.monotonic()
+                if person is not None and due <= now:
+                    self.outboxes[person].due = now  # those who wait longer come first
+                    return person, self.outboxes[person]
+                for outbox in self.outboxes.values():
+                    outbox.late |= bool(outbox.letters) and not self.online
+                self.changed.wait(None if person is None else due - now)
+
+    def send_from(self, person: Person, outbox: Outbox) -> tuple:
+        """Send the first letter, or the first ones as one; return why it did not go ('') and how many.
+
+        No exception of a letter ends the thread: after three tries the letter is put into the run's folder.
+        Of an exception only the type is told: what it says may hold the session's secrets.
+        """
+        with self.changed:
+            letter, count = self.next_letter(outbox)
+        try:
+            problem = send(person, letter)
+            if not problem:
+                itchat.instance.log(f'已发送给 {visible(person.name)}：{letter.content}')
+            elif outbox.tries >= 2 and problem not in PASSING:
+                self.describe_picture(outbox)
+            return problem, count
+        except requests.RequestException as error:
+            return type(error).__name__, 0
+        except Exception as error:  # a bug of ours, of itchat's, or an answer that nobody has thought of
+            problem = type(error).__name__
+            if outbox.tries < 3 or self.describe_picture(outbox):
+                return problem, 0
+            write_undelivered(person, letter.text(), problem)
+            return '', count
+
+    def describe_picture(self, outbox: Outbox) -> bool:
+        """Put a text in the place of the first letter if that is a picture; return whether it was one."""
+        with self.changed:
+            letter = outbox.letters[0]
+            if letter.kind == 'picture':
+                outbox.letters[0] = Letter(letter.text(), key=letter.key)
+            return letter.kind == 'picture'
+
+    def next_letter(self, outbox: Outbox) -> tuple:
+        """Return what is to be sent next from an outbox, and how many letters that is. Needs `changed`."""
+        if outbox.late and outbox.letters[0].kind != 'picture':
+            text, count = self.merge(outbox.letters)
+            return Letter(text), count
+        return outbox.letters[0], 1
+
+    def merge(self, letters: Iterable) -> tuple:
+        """Return one text for the texts at the head of `letters`, and how many they are.
+
+        When there are more reports than a screenful, the first, the best and the last are in it.
+        """
+        texts = list(itertools.takewhile(lambda letter: letter.kind != 'picture', letters))
+        reports = [letter for letter in texts if letter.kind == 'report']
+        kept = reports
+        if len(reports) > self.SCREENFUL:
+            kept = [reports[0], max(reports, key=lambda report: report.test_acc), reports[-1]]
+        merged, left_out, count = [], 0, 0
+        for letter in texts:
+            if letter.kind == 'report' and not any(letter is other for other in kept):
+                left_out += 1
+            else:
+                note = [f'（略去 {left_out} 份报告，都在 log.csv 里）'] if left_out else []
+                if merged and sum(map(len, [*merged, *note, letter.content])) > self.LONGEST:
+                    break
+                merged, left_out = [*merged, *note, letter.content], 0
+            count += 1
+        return '\n\n'.join(merged), count - left_out
+
+
+PASSING = [f'Ret {code}' for code in (-1, 1205, 1100, 1101, 1102)]  # not the message's own fault
+
+
+def printable(text: str) -> str:
+    """Return a text that UTF-8 can write: a file's name may hold what it cannot."""
+    return text.encode('utf-8', 'backslashreplace').decode()
+
+
+def send(person: Person, letter: Letter) -> str:
+    """Send a text or a picture through the client; return why it did not go, '' when it did."""
+    to = people.address(person)
+    if to is None:
+        return '好友里找不到这个人'
+    if letter.kind == 'picture':
+        answer = itchat.instance.send_image(letter.content, to)
+    else:
+        answer = itchat.instance.send_msg(printable(letter.content), to)
+    return '' if answer else f'Ret {answer["BaseResponse"].get("Ret")}'
+
+
+def write_undelivered(person: Person, text: str, why: str) -> None:
+    """Put what nobody would take into the run's folder."""
+    say(f'没有发给 {visible(person.name)}（{why}）：{text}')
+    with contextlib.suppress(OSError):
+        folder = trainer.run.get('folder') or make_run_folder()
+        with open(os.path.join(folder, 'undelivered.txt'), 'a', encoding='utf-8') as f:
+            f.write(f'{time.strftime("%F %T")} {printable(person.name)}（{why}）\n{printable(text)}\n\n')
+
+
+# ------------------------------------------------------------------------------------------- clients
+
+
+class Client:
+    """What carries the words. The interface is itchat's: whatever is not written here or in a class derived
+    from this raises NotImplementedError, and a carrier must write the four methods that do.
+
+    The main thread of the talking process calls it; the mail's thread calls send_msg(), send_image() and
+    log(), too.
+    """
+
+    def __init__(self):
+        self.exit_signal = None  # Ctrl-C, SIGTERM or SIGHUP, once it has come
+        self.signal_came = 0.0  # when, by time.monotonic()
+        self.interruptible = False  # is the main thread waiting for something that a signal may cut off?
+        self.folder_lock = None
+
+    # -- what a carrier is
+
+    def auto_login(self, hotReload: bool = False, statusStorageDir: Optional[str] = None, **callbacks):
+        """Call begin(), then get ready to carry words; end the program with one line if that cannot be."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Hand what comes to trainer.take() until the end, then call end()."""
+        raise NotImplementedError
+
+    def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
+        """Send a text; return what is true if it went, as itchat's ReturnValue."""
+        raise NotImplementedError
+
+    def send_image(self, fileDir: Optional[str] = None, toUserName: Optional[str] = None, *args) -> dict:
+        """Send a picture, likewise."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_') or not hasattr(itchat.Core, name):
+            raise AttributeError(name)
+        raise NotImplementedError(f'{type(self).__name__}.{name}')
+
+    def send(self, msg: str = '', toUserName: Optional[str] = None, *args) -> dict:
+        """Send a text, or a picture by the path behind @img@."""
+        if msg.startswith('@img@'):
+            return self.send_image(msg[len('@img@') :], toUserName)
+        return self.send_msg(msg, toUserName)
+
+    def get_friends(self, *args, **kwargs) -> list:
+        """Return nobody: there are no contacts."""
+        return []
+
+    get_chatrooms = get_mps = search_friends = search_chatrooms = search_mps = get_friends
+
+    def log(self, text: str) -> None:
+        """Print what goes through the chat."""
+        say(text)
+
+    def keep_session(self) -> None:
+        """Keep the session for the next start, with what has been read."""
+
+    def server_time(self) -> float:
+        """Return the time by the clock that the messages' CreateTime is of."""
+        return time.time()
+
+    # -- how the program begins and ends
+
+    def begin(self) -> None:
+        """Begin the program, once; end it when another one is at work in this folder."""
+        if self.folder_lock is not None:
+            return
+        self.folder_lock = lock_folder(0) or True
+        memory.open()
+        people.begin()
+        signal.signal(signal.SIGTERM, self.leave)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self.leave)
+        mail.begin()
+        trainer.begin()
+        warn_of_size()
+
+    def leave(self, number: int, frame: Any) -> None:
+        """The first signal ends the program in order, one that comes a second later or more at once.
+
+        A closing terminal sends two within a millisecond.
+        """
+        number, now = trainer.signal or number, time.monotonic()
+        if self.exit_signal is not None:
+            if now - self.signal_came > 1:
+                trainer.kill()
+                os._exit(128 + number)
+            return
+        self.exit_signal, self.signal_came = number, now
+        if self.interruptible:
+            raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator:
+        """Around what may take long: a signal cuts it off with SystemExit, also one that came before."""
+        outside, self.interruptible = self.interruptible, True
+        try:
+            if self.exit_signal is not None:
+                raise SystemExit(128 + self.exit_signal)
+            yield
+        finally:
+            self.interruptible = outside
+
+    def end(self) -> None:
+        """End the program: stop the run if a signal says so, deliver the last words, exit.
+
+        The status is 0; 1 after a crash; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        """
+        if self.exit_signal is not None:
+            countdown.cancel()
+        trainer.end(stop=self.exit_signal is not None)
+        if self.exit_signal is not None:
+            mail.wait(5 if mail.online else 0)
+        else:
+            countdown.wait()
+            mail.wait()
+        if mail.unsent():
+            say(f'还有 {mail.unsent()} 条没有发出去，下次启动时接着发。')
+        sys.exit(trainer.status if self.exit_signal is None else 128 + self.exit_signal)
+
+
+def use_client(client: Any) -> None:
+    """Let itchat's functions be those of `client`."""
+    itchat.instance = client
+    itchat.instanceList[:] = [client]
+
+
+def warn_of_size(limit: int = 10**9) -> None:
+    """Say so when the runs take more than a gigabyte; nothing is deleted by itself."""
+    files = glob.glob(os.path.join(glob.escape(RUNS), '**'), recursive=True)
+    size = sum(os.path.getsize(path) for path in files if os.path.isfile(path))
+    if size > limit:
+        say(f'runs/ 有 {size / 1e9:.1f} GB，不要的训练可以自己删掉。')
+
+
+class Silent(Client):
+    """No chat: for one of the --workers that another machine's program leads."""
+
+    def auto_login(self, **how) -> None:
+        """Begin."""
+        self.begin()
+
+    def run(self) -> None:
+        """Wait for the end."""
+        with contextlib.suppress(SystemExit), self.waiting():
+            trainer.wait_gone()
+        self.end()
+
+    def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
+        """Print a text."""
+        say(msg)
+        return ReturnValue({'BaseResponse': {'Ret': 0}})
+
+    send_image = send_msg
+
+
+class Terminal(Client):
+    """The terminal in WeChat's place: a line typed is the owner's message, an answer is printed."""
+
+    def auto_login(self, **how) -> None:
+        """Begin."""
+        self.begin()
+        mail.set_online(True)
+        say('在这里输入命令，“帮助”列出全部命令，Ctrl-D 结束。')
+
+    def run(self) -> None:
+        """Carry out what is typed, until the end of the input or a signal; end the program."""
+        with contextlib.suppress(SystemExit):
+            for line in self.read_lines():
+                if not sys.stdin.isatty():
+                    print_line('> ' + line.rstrip())
+                with self.waiting():
+                    self.receive(line)
+            if trainer.is_busy() and sys.stdin.isatty():
+                say('训练完就结束；现在就要停，按 Ctrl-C。')
+            with self.waiting():
+                trainer.end(stop=False)
+                countdown.wait()
+        self.end()
+
+    def read_lines(self) -> Iterator:
+        """Yield what is typed, as it is read: at a signal nothing is lost in a buffer."""
+        rest = b''
+        while self.exit_signal is None:
+            with self.waiting():
+                try:
+                    select.select([sys.stdin.fileno()], [], [])
+                    typed = os.read(sys.stdin.fileno(), 65536)
+                except (AttributeError, OSError, ValueError):  # closed, or not to be read: the end of it
+                    typed = b''
+            *lines, rest = (rest + (typed or b'\n' * bool(rest))).split(b'\n')
+            yield from (line.decode(sys.stdin.encoding or 'utf-8', 'replace') + '\n' for line in lines)
+            if not typed:
+                return
+
+    def receive(self, line: str) -> None:
+        """Carry out a command; its answer stands under it."""
+        number, owner = f'typed {time.time_ns()}', {'UserName': 'filehelper'}
+        msg = {'Type': itchat.content.TEXT, 'Text': line, 'User': owner, 'MsgId': number}
+        trainer.take({**msg, 'FromUserName': 'filehelper', 'ToUserName': 'filehelper'})
+        trainer.wait_answered(number)
+        mail.wait()
+
+    def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
+        """Print a text."""
+        print_line(msg + '\n')
+        return ReturnValue({'BaseResponse': {'Ret': 0}})
+
+    def send_image(self, fileDir: Optional[str] = None, toUserName: Optional[str] = None, *args) -> dict:
+        """Print where a picture is."""
+        return self.send_msg(f'图片：{shown(fileDir)}', toUserName)
+
+    def log(self, text: str) -> None:
+        """Print nothing: the terminal has it already."""
+
+
+class SessionOver(Exception):
+    """The server says that the login is no longer good."""
+
+
+class Refused(Exception):
+    """The server does not let this account log in."""
+
+
+class Adapter(requests.adapters.HTTPAdapter):
+    """What itchat leaves out of a request: a time-out when it logs in, sends or uploads, a look at the
+    status, and what the client wants to change. Called by the main thread and by the mail's."""
+
+    def __init__(self, client):
+        super().__init__()
+        self.client = client
+
+    def send(self, request, timeout=None, **kwargs):
+        name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
+        self.client.change_request(name, request)
+        try:
+            response = super().send(request, timeout=timeout or tuple(options.timeout), **kwargs)
+        except requests.RequestException as error:
+            trace(request, type(error).__name__)
+            raise type(error)(f'no answer to {name}') from None  # its own text holds the session's secrets
+        trace(request, response)
+        if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
+            raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
+        self.client.change_answer(name, response)
+        return response
+
+
+HARMLESS = {  # names whose values a trace may show: numbers; in queries and headers, texts, too
+    *('appid', 'fun', 'lang', 'version', 'tip', 'loginicon', 'f', 'type', 'redirect', 'mmweb_appid'),
+    *(
+        'Ret',
+        'MsgType',
+        'Type',
+        'AddMsgCount',
+        'ModContactCount',
+        'Count',
+        'MediaType',
+        'UploadType',
+        'Scene',
+    ),
+    *('MemberCount', 'InviteStartCount', 'content-type', 'date', 'origin', 'referer', 'Code'),
+}
+
+
+def trace(request: Any, response: Any) -> None:
+    """Append a request and its answer, or why there is none, to --trace's file, with nothing private in it.
+
+    Only names, sizes and the values of HARMLESS are written. Called by the main thread and by the mail's.
+    """
+    if not options.trace:
+        return
+    url = urllib.parse.urlsplit(request.url)
+    lines = [f'{time.strftime("%F %T")} {request.method} {url.hostname}{url.path}']
+    query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+    lines += [
+        f'  query {black_out(query, texts=True)}',
+        f'  headers {black_out(dict(request.headers), texts=True)}',
+    ]
+    if request.body:
+        lines += [f'  body {black_out_body(request.body)}']
+    if isinstance(response, str):
+        lines += [f'  no answer: {response}']
+    else:
+        lines += [f'  answer {response.status_code} {black_out(dict(response.headers), texts=True)}']
+        lines += [f'  {black_out_body(response.content)}']
+    with contextlib.suppress(OSError):
+        private = functools.partial(os.open, mode=0o600)
+        with open(options.trace, 'a', encoding='utf-8', errors='backslashreplace', opener=private) as f:
+            f.write('\n'.join(lines) + '\n')
+
+
+def black_out(value: Any, name: str = '', texts: bool = False) -> Any:
+    """Return what a trace may show of a value: the names in it, and what they are the names of."""
+    if isinstance(value, dict):
+        return {str(key): black_out(inner, str(key), texts) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [black_out(inner) for inner in value[:3]] + ([f'... {len(value)} in all'] if value[3:] else [])
+    harmless = name in HARMLESS or name.lower() in HARMLESS
+    if value is None or isinstance(value, bool) or (harmless and (texts or isinstance(value, int))):
+        return value
+    return f'<{type(value).__name__} {len(str(value))}>'
+
+
+def black_out_body(body: Any) -> Any:
+    """Return what a trace may show of a body: JSON's names, XML's tags, the codes of a script."""
+    content = body if isinstance(body, bytes) else str(body).encode()
+    text = content.decode('utf-8', 'replace')
+    try:
+        return black_out(json.loads(content))
+    except ValueError:
+        if text.startswith('--'):  # a form
+            return 'form ' + ' '.join(re.findall(r'; name="(\w+)"', text))
+        if text.startswith('window.'):
+            return ' '.join(
+                re.findall(
+                    r'window\.[A-Za-z.]+(?:\s?=\s?\d{1,4}\b)?|\b\w+code:"\d{1,4}"|selector:"\d+"', text
+                )
+            )
+        tags = re.findall(r'<([A-Za-z]\w*|ret>\d{1,5})\b', text)
+        return f'<{len(content)} bytes{": " if tags else ""}{" ".join(tags[:30])}>'
+
+
+class ShortLog(logging.Handler):
+    """Prints the last line of what itchat logs, without what would show the session's secrets."""
+
+    def emit(self, record):
+        line = record.getMessage().strip().split('\n')[-1]
+        say('itchat：' + re.sub(r'://\S+|url: \S+', '…', line)[:200])
+
+
+class WeChat(itchat.Core, Client):
+    """Web WeChat, through itchat, made to last for days.
+
+    The main thread logs in, receives and calls the handlers, all in auto_login() and run(); the mail's thread
+    calls send_msg() and send_image(). `echo` guards what tells the program's own words from the owner's.
+    """
+
+    session_file = 'itchat.pkl'
+    queries = {name: {'lang': 'zh_CN'} for name in ('webwxsendmsg', 'webwxsendmsgimg')}  # what is added
+    hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
+    refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
+    unreachable = '连不上微信（{}）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+    domains = '.qq.com', '.wechat.com'  # where a login may lead
+    busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
+
+    def __init__(self):
+        super().__init__()
+        Client.__init__(self)
+        self.s.mount('https://', Adapter(self))
+        self.s.mount('http://', Adapter(self))
+        self.logins = 0  # sessions so far
+        self.sync_ret = 0  # how the last fetch was answered
+        self.refusals = self.empty = 0  # fetches in a row that were refused, that brought nothing
+        self.silent = 0  # looks in a row that were not answered although the fetch was
+        self.odd = 0  # looks in a row that were answered with a log-out
+        self.run_out = 0  # QR codes in a row that had run out when they were asked for
+        self.trouble = None  # what kept the server from answering get_msg()
+        self.early = []  # messages that came with the login
+        self.clock = 0  # by how many seconds the server's is ahead
+        self.seen = collections.deque(maxlen=1000)  # MsgIds: after a login the server may send them again
+        self.echo = threading.Condition()
+        self.sending = None  # the text that WeChat has been given and has not answered yet
+        # MsgIds of what was sent; the text where the answer got lost.
+        self.own = collections.deque(maxlen=1000)
+        self.callbacks = ()
+
+    # -- logging in
+
+    def auto_login(
+        self, hotReload: bool = False, statusStorageDir: Optional[str] = None, callbacks: Iterable = ()
+    ) -> None:
+        """Log in; with hotReload, by the stored session (default: `session_file`) if it still counts.
+
+        Takes the names of itchat's callbacks that the script has: qrCallback, loginCallback, exitCallback.
+        Ends the program with status 1 and one line when it cannot be done.
+        """
+        self.begin()
+        itchat.set_logging(showOnCmd=False, loggingLevel=logging.WARNING)
+        logging.getLogger('itchat').addHandler(ShortLog())
+        self.useHotReload = hotReload
+        self.hotReloadDir = os.path.join(FOLDER, statusStorageDir or self.session_file)
+        self.callbacks = callbacks
+        if options.logout:
+            self.log_out_stored()
+        trouble = ''
+        with contextlib.suppress(SystemExit):  # of leave()
+            trouble = self.log_in()
+        if self.exit_signal is not None:
+            self.end()
+        if trouble:
+            sys.exit(trouble)
+
+    def log_in(self) -> str:
+        """Log in once; return why it did not work, '' when it did."""
+        self.alive = self.isLogging = False
+        try:
+            with self.waiting():
+                stored = self.useHotReload and bool(self.load_login_status(self.hotReloadDir))
+                if not stored:
+                    self.log_in_by_code()
+        except requests.RequestException as error:
+            if getattr(error.response, 'status_code', None) == 429:
+                return self.busy
+            return self.unreachable.format(urllib.parse.urlsplit(itchat.config.BASE_URL).hostname)
+        except (Refused, LookupError, AttributeError, TypeError, ValueError):
+            return self.refusal  # but for Refused, itchat has read what is no login
+        if not stored:
+            self.keep_session()
+        self.welcome(new_names=not stored or not self.logins)
+        return ''
+
+    def log_in_by_code(self) -> None:
+        """Log in with a QR code; or, where the phone still knows this login, by its confirmation alone."""
+        del self.memberList[:], self.mpList[:], self.chatroomList[:]  # of the login before
+        self.loginInfo.pop('url', None)
+        show_qr = self.hand_on_qr if 'qrCallback' in self.callbacks else self.show_qr
+        try:
+            self.login(qrCallback=show_qr, loginCallback=self.show_login)
+        except requests.exceptions.JSONDecodeError:  # the phone cannot be asked: a page instead of an answer
+            self.isLogging = False
+            self.s.cookies.clear()
+            self.login(qrCallback=show_qr, loginCallback=self.show_login)
+
+    def welcome(self, new_names: bool) -> None:
+        """Begin the session: find the people, let the mail go out, say who has logged in."""
+        if new_names:
+            people.find_again([str(self.loginInfo.get('wxuin')), str(self.storageClass.nickName)])
+        mail.set_online(True)
+        say(f'已登录：{visible(self.storageClass.nickName)}。请{self.hint}。')
+        self.logins += 1
+        self.call_back('loginCallback')
+
+    def call_back(self, name: str, **how) -> None:
+        """Have the training process call the script's own function, if there is one."""
+        if name in self.callbacks:
+            trainer.line.send('call_back', name=name, how=how)
+
+    def hand_on_qr(self, uuid: str, status: str, qrcode: bytes) -> None:
+        """Have the script's own qrCallback show the code."""
+        self.call_back('qrCallback', uuid=uuid, status=status, qrcode=qrcode)
+
+    def get_QRuuid(self) -> str:
+        """Get the uuid for a QR code; raise where itchat would ask again every second for ever."""
+        uuid = super().get_QRuuid()
+        if not uuid:
+            raise requests.RequestException('no uuid in the answer')
+        return uuid
+
+    def check_login(self, uuid: Optional[str] = None) -> str:
+        """Ask once if the code was scanned: '408' not yet, '201' scanned, '200' logged in, else run out."""
+        now = int(time.time())
+        query = {'loginicon': 'true', 'uuid': uuid or self.uuid, 'tip': 1, 'r': -now // 1579, '_': now}
+        answer = self.ask(f'{itchat.config.BASE_URL}/cgi-bin/mmwebwx-bin/login', params=query).text
+        code = re.search(r'window.code=(\d+)', answer)
+        page = re.search(r'window.redirect_uri="(\S+)"', answer)
+        if code and code[1] == '200':
+            self.open_session(page[1])
+        if not code:
+            raise requests.RequestException('no answer to login')
+        self.run_out = 0 if code[1] in ('200', '201', '408') else self.run_out + 1
+        if self.run_out > 1:  # codes that are run out as soon as they are shown
+            self.pause(min(self.run_out - 1, 6))
+        return code[1]
+
+    def ask(self, url: str, **kwargs) -> Any:
+        """Get a page as a browser does."""
+        return self.s.get(url, headers={'User-Agent': itchat.config.USER_AGENT}, **kwargs)
+
+    def open_session(self, page: str) -> None:
+        """Fetch the login page, through three redirects at most, and take the session's tickets from it.
+
+        Raises Refused when there are none, or when a redirect leads away from WeChat.
+        """
+        for _ in range(4):
+            # No backslash, and no @ before the path: others read the host differently there.
+            host = re.fullmatch(r'https://([a-z0-9.-]+)(:443)?/[!-\[\]-~]*', page)
+            if not host or not ('.' + host[1]).endswith(self.domains):
+                raise Refused
+            answer = self.fetch_login_page(page)
+            found = dict(re.findall(r'<(\w+)>(?:<!\[CDATA\[)?([^<\]]*)(?:\]\]>)?</\1>', answer.text))
+            tickets = {
+                **self.s.cookies.get_dict(),
+                **{name: html.unescape(v) for name, v in found.items() if v},
+            }
+            if all(tickets.get(name) for name in ('skey', 'wxsid', 'wxuin', 'pass_ticket')):
+                return self.take_tickets(page, tickets)
+            onward = tickets.get('redirecturl') or answer.headers.get('Location')
+            if not onward:
+                raise Refused
+            page = urllib.parse.urljoin(page, onward)
+        raise Refused
+
+    def fetch_login_page(self, page: str) -> Any:
+        """Get the login page as the UOS client does, which gets tickets for more accounts than others."""
+        headers = {
+            'User-Agent': itchat.config.USER_AGENT,
+            'client-version': itchat.config.UOS_PATCH_CLIENT_VERSION,
+            'extspam': itchat.config.UOS_PATCH_EXTSPAM,
+            'referer': 'https://wx.qq.com/?&lang=zh_CN&target=t',
+        }
+        return self.s.get(page, headers=headers, allow_redirects=False)
+
+    def take_tickets(self, page: str, tickets: dict) -> None:
+        """Begin a session with the tickets of the login page at `page`."""
+        url = page.split('?')[0].rsplit('/', 1)[0]
+        names = {'Skey': 'skey', 'Sid': 'wxsid', 'Uin': 'wxuin'}
+        self.loginInfo.update(
+            {name: tickets[name] for name in (*names.values(), 'pass_ticket')},
+            BaseRequest={name: tickets[lower] for name, lower in names.items()},
+            deviceid='e' + repr(random.random())[2:17],
+            logintime=int(time.time() * 1e3),
+            url=url,
+            fileUrl=url.replace('://', '://file.'),
+            syncUrl=url.replace('://', '://webpush.'),
+        )
+
+    def show_qr(self, uuid: str, status: str, qrcode: bytes) -> None:
+        """Show the state of the login: itchat calls it with the QR code (a PNG) and at every poll."""
+        if status == '0':
+            drawing = io.StringIO()
+            segno.make('https://login.weixin.qq.com/l/' + uuid, error='l').terminal(drawing, compact=True)
+            # White on black whatever the terminal's colours are: phones do not read an inverted code.
+            row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
+            print_line('\n'.join(row % line for line in drawing.getvalue().splitlines()))
+            picture = itchat.config.DEFAULT_QR
+            try:
+                with open(picture, 'wb', opener=functools.partial(os.open, mode=0o600)) as f:
+                    f.write(qrcode)
+                instead = f'；终端里的码扫不了，就打开 {os.path.abspath(picture)}'
+            except OSError as error:  # a full disk
+                instead = f'（{picture} 没有写成：{error.strerror}）'
+            say(f'请用微信扫码{"重新" if self.logins else ""}登录{instead}')
+        elif status == '201' or (status == '408' and not qrcode):  # no code: after an earlier login
+            say('请在手机上确认登录。')
+        elif status not in ('200', '408'):
+            say('二维码过期了，换一个新的。')
+
+    def show_login(self) -> None:
+        """Check that somebody has logged in; without this, itchat would clear the terminal."""
+        if not self.storageClass.userName:
+            raise Refused
+        with contextlib.suppress(OSError):
+            os.remove(itchat.config.DEFAULT_QR)
+
+    def show_mobile_login(self) -> None:
+        """Tell the phone; nothing depends on it."""
+        with contextlib.suppress(requests.RequestException):
+            super().show_mobile_login()
+
+    def get_contact(self, update: bool = False) -> list:
+        """Fetch the friends. Raises RequestException when that fails: without them nobody could command."""
+        if not update:
+            return super().get_contact()
+        url, seq, pause = self.loginInfo['url'] + '/webwxgetcontact', 0, 1
+        while True:
+            try:
+                query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
+                answer = self.ask(url, params=query).json()
+                if answer['BaseResponse']['Ret'] != 0:
+                    raise requests.RequestException('refused')
+                self.note_contacts(answer['MemberList'])
+                seq = answer.get('Seq', 0)
+                if not seq:
+                    return []
+            except (requests.RequestException, LookupError, TypeError) as error:
+                if pause > 4:
+                    raise requests.RequestException('no contacts') from error
+                say('好友名单没有取到，再试。')
+                time.sleep(options.retry * pause)
+                pause *= 2
+
+    def note_contacts(self, contacts: list) -> None:
+        """Note new or changed entries of the contacts; groups are of no interest."""
+        for friend in contacts:
+            try:
+                if not friend['UserName'].startswith('@@'):
+                    names = {key: friend.get(key) or '' for key in ('NickName', 'RemarkName')}
+                    update_local_friends(self, [{'VerifyFlag': 0, **friend, **names}])
+                    people.rename([{**friend, **names}])
+            except Exception as error:  # of this entry
+                say(f'好友名单里有一项没有读成：{type(error).__name__}')
+
+    # -- the stored session
+
+    def keep_session(self) -> None:
+        if self.useHotReload and self.alive:
+            self.dump_login_status()
+
+    def dump_login_status(self, fileDir: Optional[str] = None) -> None:
+        """Write the session (who has it is logged in) whole or not at all, readable by the owner alone."""
+        path = fileDir or self.hotReloadDir
+        folder = path + NEW
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of a program that was killed
+            os.mkdir(folder, 0o700)  # itchat's file in it is open to all until it is chmodded
+            new = os.path.join(folder, 'session')
+            super().dump_login_status(new)
+            os.chmod(new, 0o600)
+            os.replace(new, path)
+            os.rmdir(folder)
+        except Exception as error:  # OSError, and itchat's Exception('Incorrect fileDir') for it
+            with contextlib.suppress(OSError):
+                os.remove(path)  # it would bring commands back that have been obeyed
+            say(f'登录状态没有存下来，下次启动要重新扫码：{type(error).__name__} {path}')
+
+    def load_login_status(self, fileDir: str, **callbacks) -> Any:
+        """Log in with the stored session; return what is false when that is not to be.
+
+        Raises what keeps the server from answering: it is too early for a QR code.
+        """
+        self.trouble = None
+        set_damaged_session_aside(fileDir)
+        try:
+            answer = super().load_login_status(fileDir, **callbacks)
+        except (LookupError, AttributeError, TypeError, ValueError):
+            set_aside(fileDir, '内容不对')
+            self.loginInfo = {}
+            self.s.cookies.clear()
+            return False
+        if self.trouble is not None:
+            raise self.trouble
+        with self.waiting():  # a signal that itchat has swallowed
+            return answer
+
+    def get_msg(self) -> tuple:
+        """Fetch messages and changed contacts; (None, None) when the server refuses."""
+        try:
+            messages, contacts = super().get_msg()
+        except Exception as error:  # load_login_status() of itchat swallows it
+            self.trouble = requests.RequestException(f'no answer: {type(error).__name__}')
+            raise
+        if messages is None and self.sync_ret in (-1, 1205) and self.refusals <= 3:  # a passing refusal
+            self.trouble = requests.RequestException(f'Ret {self.sync_ret}')
+        self.refusals = self.refusals if messages is None else 0
+        if self.alive or messages is None:
+            return messages, contacts
+        self.early = messages  # of load_login_status(), which would not look who has written them
+        return [], contacts
+
+    def log_out_stored(self) -> None:
+        """End the stored session on the server, remove its file and end the program."""
+        path = self.hotReloadDir
+        if not os.path.exists(path):
+            sys.exit(f'没有存下的登录（{os.path.abspath(path)}）。')
+        self.sync_ret = None
+        try:
+            with self.waiting():
+                good = self.load_login_status(path)
+                if good:
+                    self.end_session()
+        except requests.RequestException:
+            sys.exit('连不上微信，登录没有结束，文件还在。')
+        if not good and self.sync_ret is None:
+            sys.exit('存下的登录不能用，没有问过服务器；请在手机上退出网页版登录。')
+        say('已在服务器上退出登录。' if good else '服务器上的登录早已结束。')
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        say(f'删掉了 {os.path.abspath(path)}。')
+        people.forget()
+        sys.exit()
+
+    def end_session(self) -> None:
+        """Log out on the server. Raises RequestException."""
+        query = {'redirect': 1, 'type': 1, 'skey': self.loginInfo['skey']}
+        self.ask(
+            self.loginInfo['url'] + '/webwxlogout', params=query, allow_redirects=False
+        ).raise_for_status()
+
+    # -- receiving
+
+    def start_receiving(self, exitCallback=None, getReceivingFnOnly=False) -> None:
+        """Note that there is a session; run() receives, in the main thread."""
+        self.alive = True
+
+    def run(self) -> None:
+        """Receive until a signal comes, in one session after the other; then end the program."""
+        failures = 0
+        with contextlib.suppress(SystemExit):  # of leave()
+            while self.exit_signal is None:
+                try:
+                    self.receive()
+                    if failures > 1:
+                        mail.set_online(True)
+                        say('微信又连上了。')
+                    failures = 0
+                except requests.ReadTimeout:
+                    pass  # a long poll that was forgotten on the way
+                except SessionOver:
+                    self.reconnect()
+                except Exception as error:  # the network, the server, what is no answer: all of them pass
+                    failures += 1
+                    self.silent = 0
+                    if failures == 2:
+                        mail.set_online(False)
+                        say(f'微信断开了（{type(error).__name__}），训练不受影响；连上以后接着说。')
+                    self.pause(failures)
+        self.call_back('exitCallback')
+        self.end()
+
+    def pause(self, failures: int) -> None:
+        """Wait longer after every failure."""
+        with self.waiting():
+            time.sleep(min(options.retry * 2 ** (failures - 1), 60))
+
+    def reconnect(self) -> None:
+        """Log in again until it works, or a signal comes."""
+        mail.set_online(False)
+        say('微信的登录结束了，训练不受影响；重新登录。')
+        for failures in itertools.count(1):
+            try:
+                trouble = self.log_in()
+            except Exception as error:
+                trouble = f'登录出错：{type(error).__name__}'
+            if not trouble:
+                return
+            say(trouble)
+            self.pause(failures)
+
+    def receive(self) -> None:
+        """Look for news, and hand every text to its handler. Raises SessionOver."""
+        messages, contacts, self.early = self.early, [], []
+        if not messages:
+            with self.waiting():
+                news = self.look()
+                if news:
+                    messages, contacts = self.get_msg()
+                    if messages is None:
+                        self.check_refusal()
+                    self.empty = 0 if messages or contacts else self.empty + 1
+            if self.empty:  # it says that there is something, and there is nothing: for some selectors
+                self.pause(min(self.empty, 3))
+        self.note_contacts(contacts or [])
+        for msg in messages:
+            try:
+                self.take(msg)
+            except Exception as error:  # of this message; those behind it must not suffer
+                if msg.get('MsgType') == 1:  # a text
+                    say(f'一条消息没有读成：{type(error).__name__}')
+        if messages:
+            self.keep_session()  # the commands among them are remembered by now
+
+    def check_refusal(self) -> None:
+        """Raise SessionOver when a fetch was refused for good, RequestException when it may be tried."""
+        self.refusals += 1
+        if self.sync_ret not in (-1, 1205) or self.refusals > 3:
+            raise SessionOver
+        raise requests.RequestException('refused')
+
+    def look(self) -> bool:
+        """Wait for news, half a minute at most; return whether there is something to fetch.
+
+        Raises RequestException when the answer is none.
+        """
+        info = self.loginInfo
+        names = {'skey': 'skey', 'sid': 'wxsid', 'uin': 'wxuin', 'deviceid': 'deviceid', 'synckey': 'synckey'}
+        query = {name: info[key] for name, key in names.items()}
+        query.update(r=int(time.time() * 1e3), _=info['logintime'])
+        info['logintime'] += 1
+        answer = self.ask(info['syncUrl'] + '/synccheck', params=query).text
+        found = re.search(r'retcode:\s*"(\d+)",\s*selector:\s*"(\d+)"', answer)
+        if not found:
+            raise requests.RequestException('no answer to synccheck')
+        retcode, selector = found.groups()
+        if retcode != '0':  # a log-out; for some clients 1100 only says 'fetch'. The fetch will tell.
+            self.odd += 1
+            self.pause(min(self.odd, 5))
+            return True
+        self.odd = 0
+        return selector != '0'
+
+    def take(self, msg: dict) -> None:
+        """Hand one message to its handler, unless it is a group's, the program's own, or has come before."""
+        chats = msg['FromUserName'] + msg['ToUserName']
+        if '@@' in chats or msg['MsgType'] == 51 or msg['MsgId'] in self.seen:  # 51: opened on the phone
+            return
+        self.seen.append(msg['MsgId'])
+        [msg] = produce_msg(self, [msg])
+        if not self.is_own(msg):
+            trainer.take(msg)
+
+    # -- sending
+
+    def send_raw_msg(self, msgType, content: str, toUserName: str) -> dict:
+        """Send, and keep by what to know the message when it comes back; see is_own()."""
+        with self.echo:
+            self.sending, mark = content, content
+        try:
+            answer = super().send_raw_msg(msgType, content, toUserName)
+            mark = str(answer.get('MsgID'))
+            return answer
+        finally:
+            with self.echo:
+                self.sending = None
+                self.own.append(mark)
+                self.echo.notify_all()
+
+    def is_own(self, msg: dict) -> bool:
+        """Return whether the program itself sent a message: from 文件传输助手 it comes back."""
+        with self.waiting(), self.echo:
+            self.echo.wait_for(lambda: self.sending != msg['Text'])  # before that its MsgID is not known
+            for mark in (str(msg['MsgId']), msg['Text']):
+                if mark in self.own:
+                    self.own.remove(mark)
+                    return True
+            return False
+
+    # -- what the adapter asks
+
+    def change_request(self, name: str, request: Any) -> None:
+        """Change a request to `name`, the last part of its path, before it is sent: its tickets encoded once.
+
+        itchat puts some into the query as they are, although they contain +, / and, the pass_ticket, %2B.
+        """
+        url = urllib.parse.urlsplit(request.url)
+        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        query.update(self.queries.get(name, {}))
+        tickets = {'skey': 'skey', 'sid': 'wxsid', 'uin': 'wxuin'}
+        query.update({key: self.loginInfo[ticket] for key, ticket in tickets.items() if key in query})
+        if 'pass_ticket' in query or name in ('webwxsendmsg', 'webwxsendmsgimg'):
+            query['pass_ticket'] = urllib.parse.unquote(self.loginInfo['pass_ticket'])
+        request.url = url._replace(query=urllib.parse.urlencode(query)).geturl()
+
+    def change_answer(self, name: str, response: Any) -> None:
+        """Change an answer before itchat reads it; take the time from it."""
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            if name == 'webwxsync':
+                self.sync_ret = response.json()['BaseResponse']['Ret']
+            date = email.utils.parsedate_to_datetime(response.headers['Date'])
+            self.clock = date.timestamp() - time.time()
+
+    def server_time(self) -> float:
+        return time.time() + self.clock
+
+
+def set_damaged_session_aside(path: str) -> None:
+    """Rename a stored session that is not the user's own, is open to others, or is damaged."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    trouble = ''
+    if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
+        trouble = '不是只有你能读写的文件，里面可能是别人放的东西'
+    else:
+        try:
+            with open_private(path) as f:
+                session = pickle.load(f)
+            if not {'loginInfo', 'cookies', 'storage'} <= set(session):
+                trouble = '内容不全'
+        except PermissionError:
+            trouble = '别人能改写，里面可能是别人放的东西'
+        except Exception as error:  # a damaged pickle can raise anything
+            trouble = f'已损坏（{type(error).__name__}）'
+    if trouble:
+        set_aside(path, trouble)
+
+
+def set_aside(path: str, trouble: str) -> None:
+    """Rename a stored session that is not to be used."""
+    os.replace(path, path + '.bad')
+    say(f'{shown(path)} {trouble}；改名为 {shown(path)}.bad，需要重新扫码。')
+
+
+class FileHelper(WeChat):
+    """The web page of 文件传输助手: web WeChat's protocol with the differences that stand here.
+
+    They are those in which the clients that were written for the page agree; the README names what is known.
+    Threads as in WeChat.
+    """
+
+    session_file = 'filehelper.pkl'
+    hint = '把“帮助”发给“文件传输助手”'
+    refusal = (
+        '微信没有让这个账号登录文件传输助手网页版。请过一会儿再试，换一个账号，或用 --console 在终端里控制。'
+    )
+    domains = ('.qq.com',)
+    app_id = 'wx_webfilehelper'
+    entries = {  # the host of the page -> that of its login, in the order in which they are tried
+        'szfilehelper.weixin.qq.com': 'login.wx2.qq.com',
+        'filehelper.weixin.qq.com': 'login.wx.qq.com',
+    }
+    file_hosts = {
+        'szfilehelper.weixin.qq.com': 'file.wx2.qq.com',
+        'cmfilehelper.weixin.qq.com': 'file.wx8.qq.com',
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.polls = 0  # fetches without a look
+        self.init_refused = False
+        self.use_entry('szfilehelper.weixin.qq.com')
+
+    def use_entry(self, entry: str) -> None:
+        """Log in by way of this host of the page."""
+        self.entry = entry
+        itchat.config.BASE_URL = 'https://' + self.entries[entry]
+        page = f'https://{entry}/cgi-bin/mmwebwx-bin/webwxnewloginpage'
+        self.queries = {
+            **WeChat.queries,
+            'jslogin': {
+                'appid': self.app_id,
+                'redirect_uri': urllib.parse.quote(page, safe=''),  # so it is encoded twice, as most have it
+                '_': int(time.time() * 1e3),
+            },
+            'login': {'appid': self.app_id},
+            'webwxnewloginpage': {'fun': 'new', 'version': 'v2'},
+            'webwxinit': {'lang': 'zh_CN'},
+            'synccheck': {'mmweb_appid': self.app_id},
+        }
+
+    # -- logging in
+
+    def log_in(self) -> str:
+        """Log in once, by way of the other host if the first one refuses what the phone has confirmed."""
+        self.init_refused, self.silent = False, 0
+        trouble = super().log_in()
+        others = [entry for entry in self.entries if entry != self.entry]
+        if trouble == self.refusal and self.init_refused and self.entry == next(iter(self.entries)):
+            say(f'{self.entry} 没有接受这个账号，换 {others[0]}：请再扫一次。')
+            self.s.cookies.clear()
+            self.loginInfo.pop('url', None)
+            self.use_entry(others[0])
+            trouble = super().log_in()
+        return trouble
+
+    def fetch_login_page(self, page: str) -> Any:
+        """Get the login page as a browser does: no UOS client comes here."""
+        return self.ask(page, allow_redirects=False)
+
+    def take_tickets(self, page: str, tickets: dict) -> None:
+        """Begin a session; the host where the login ended is the entry host, and decides on the file host."""
+        super().take_tickets(page, tickets)
+        self.loginInfo['syncUrl'] = self.loginInfo['url']
+        host = self.file_hosts.get(urllib.parse.urlsplit(page).hostname, 'file.wx.qq.com')
+        self.loginInfo['fileUrl'] = f'https://{host}/cgi-bin/mmwebwx-bin'
+
+    def web_init(self) -> dict:
+        """Fetch the account; note when it is refused after the login was confirmed."""
+        self.init_refused = True
+        answer = super().web_init()
+        if answer.get('BaseResponse', {}).get('Ret') or not answer['User'].get('UserName'):
+            raise Refused
+        self.init_refused = False
+        return answer
+
+    def show_mobile_login(self) -> None:
+        """Do nothing: the page does not."""
+
+    def get_contact(self, update: bool = False) -> list:
+        """Return nobody: there is only 文件传输助手."""
+        return []
+
+    def load_login_status(self, fileDir: str, **callbacks) -> Any:
+        answer = super().load_login_status(fileDir, **callbacks)
+        entry = urllib.parse.urlsplit(self.loginInfo.get('url') or '').hostname
+        if entry in self.entries:
+            self.use_entry(entry)  # the one that took this account
+        return answer
+
+    def log_in_by_code(self) -> None:
+        self.s.cookies.clear()  # or itchat would ask for a login without a QR code: not there
+        super().log_in_by_code()
+
+    def end_session(self) -> None:
+        """Log out on the server as the page does. Raises RequestException."""
+        form = {'sid': self.loginInfo['wxsid'], 'uin': self.loginInfo['wxuin']}
+        query = {'redirect': 1, 'type': 0, 'skey': self.loginInfo['skey']}
+        url = self.loginInfo['url'] + '/webwxlogout'
+        self.s.post(url, params=query, data=form, allow_redirects=False).raise_for_status()
+
+    # -- receiving and sending
+
+    def look(self) -> bool:
+        """Wait for news; where synccheck is not answered, fetch every few seconds, as some clients do."""
+        if self.silent < 2:
+            try:
+                news = super().look()
+                self.silent = 0
+                return news
+            except requests.RequestException:
+                self.silent += 1  # if it is the network, the fetch will fail, too
+        else:
+            self.pause(2)
+            self.empty, self.polls = 0, self.polls + 1
+            if self.polls % 100 == 0:  # perhaps it is answered again
+                self.silent = 1
+        return True
+
+    def send_image(self, fileDir: Any = None, toUserName: Optional[str] = None, *args) -> dict:
+        """Send a picture; a text with its path where it cannot be uploaded to either file host."""
+        first = self.loginInfo['fileUrl']
+        other = 'file.wx2.qq.com' if '//file.wx.' in first else 'file.wx.qq.com'
+        for url in (first, f'https://{other}/cgi-bin/mmwebwx-bin'):
+            with contextlib.suppress(requests.RequestException, AttributeError, TypeError):  # or no object
+                answer = self.upload(url, fileDir, toUserName)
+                if answer and answer.get('MediaId'):
+                    break
+        else:
+            return self.send_msg(Letter(fileDir, 'picture').text(), toUserName)
+        return self.send_media(answer['MediaId'], toUserName)
+
+    def upload(self, url: str, path: str, to: str) -> dict:
+        """Upload a picture to a file host, in the form that the page sends."""
+        with open(path, 'rb') as f:
+            content = f.read()
+        request = {
+            'UploadType': 2,
+            'BaseRequest': self.loginInfo['BaseRequest'],
+            'ClientMediaId': int(time.time() * 1e4),
+            'TotalLen': len(content),
+            'StartPos': 0,
+            'DataLen': len(content),
+            'MediaType': 4,
+            'FromUserName': self.storageClass.userName,
+            'ToUserName': to,
+            'FileMd5': hashlib.md5(content).hexdigest(),
+        }
+        form = {
+            'name': os.path.basename(path),
+            'type': 'image/png',
+            'lastModifiedDate': time.strftime('%a %b %d %Y %H:%M:%S GMT+0800 (CST)'),
+            'size': str(len(content)),
+            'mediatype': 'pic',
+            'uploadmediarequest': json.dumps(request, separators=(',', ':')),
+            'webwx_data_ticket': self.s.cookies.get_dict().get('webwx_data_ticket', ''),
+            'pass_ticket': self.loginInfo['pass_ticket'],  # as it came: the page does not decode it here
+        }
+        files = {name: (None, value) for name, value in form.items()}
+        files['filename'] = (form['name'], content, form['type'])
+        query = {'f': 'json', 'random': ''.join(random.choices('abcdefghijklmnopqrstuvwxyz0123456789', k=4))}
+        return ReturnValue(rawResponse=self.s.post(url + '/webwxuploadmedia', params=query, files=files))
+
+    def send_media(self, media_id: str, to: str) -> dict:
+        """Send a picture that was uploaded."""
+        number = int(time.time() * 1e4)
+        message = {
+            'Type': 3,
+            'MediaId': media_id,
+            'Content': '',
+            'FromUserName': self.storageClass.userName,
+            'ToUserName': to,
+            'LocalID': number,
+            'ClientMsgId': number,
+        }
+        data = {'BaseRequest': self.loginInfo['BaseRequest'], 'Msg': message, 'Scene': 0}
+        url = self.loginInfo['url'] + '/webwxsendmsgimg'
+        return ReturnValue(rawResponse=self.s.post(url, params={'fun': 'async', 'f': 'json'}, json=data))
+
+    # -- what the adapter asks
+
+    def change_request(self, name: str, request: Any) -> None:
+        super().change_request(name, request)
+        entry = urllib.parse.urlsplit(self.loginInfo.get('url') or f'https://{self.entry}').hostname
+        headers = {'mmweb_appid': self.app_id, 'Referer': f'https://{entry}/', 'Origin': f'https://{entry}'}
+        request.headers.update(headers, **{'User-Agent': itchat.config.USER_AGENT})
+
+    def change_answer(self, name: str, response: Any) -> None:
+        """Put in what itchat reads although this server does not send it."""
+        super().change_answer(name, response)
+        if name in ('webwxinit', 'webwxsync') and response.ok:
+            answer = json.loads(response.content)
+            missing = {'InviteStartCount': 0, 'ModContactList': [], 'SyncCheckKey': answer.get('SyncKey')}
+            response._content = json.dumps({**missing, **answer, 'ContactList': []}).encode()
+
+
+# ------------------------------------------------------------------------------ the training process
+
+
+class Order(NamedTuple):
+    """A command that is to be carried out by the training process."""
+
+    id: str  # of the message
+    person: Person
+    text: str
+    path: str = ''  # to go on from this checkpoint, without an answer if that works
+
+    def words(self) -> dict:
+        """Return what the training process is told."""
+        command = 'resume' if self.path else parse(self.text)
+        who = {'person': self.person.key, 'name': self.person.name}
+        return {'id': self.id, **who, 'command': command, 'path': self.path}
+
+
+class State(enum.Enum):
+    """Of the training process, as the talking one sees it. Changed by Trainer alone:
+
+    GONE -> STARTING -> READY -> GONE, by start(), by its itchat.run(), by its end.
+    """
+
+    STARTING, READY, GONE = range(3)
+
+
+class Trainer:
+    """The training process: hands it commands, hears what becomes of them, tells its death, starts it again.
+
+    A thread listens to each such process until its end; the main thread brings the messages. `guard` guards
+    everything and is told of every change.
+    """
+
+    PATIENCE = 10  # seconds to end, when asked to, or to answer a command before that is told
+    DEATHS = 3  # in a row, without progress in between: then it is not started by itself any more
+
+    def __init__(self):
+        self.guard = threading.Condition(threading.RLock())
+        self.state = State.GONE
+        self.process, self.line, self.status = None, None, 0  # the last: what the program exits with
+        self.requests = queue.SimpleQueue()  # the first login, the first run(): for the main thread
+        self.orders = {}  # id -> Order: not answered yet, in order
+        self.sent = {}  # id -> when it was given to the training process
+        self.run = {}  # what is known of the last run: number, person, ending, folder, checkpoint, how_far
+        self.told = {}  # what it has said when it called run(): handlers, values
+        self.session = self.ending = self.restarting = False  # session: has the main thread logged in?
+        self.asked = False  # has it called auto_login()?
+        self.deaths, self.saved, self.progress = 0, False, False  # the last two: since its start
+        self.why, self.bye, self.again = '', None, False  # what it has said about its end
+        self.silent = False  # was it told that no batch gets done?
+        self.signal = 0  # that has come to the training process, where that is the one the shell started
+        self.downloads = collections.OrderedDict()  # MsgId -> itchat's function that fetches the file
+        self.calls = concurrent.futures.ThreadPoolExecutor(4, 'calls')  # of itchat's functions
+
+    # -- the process
+
+    def begin(self) -> None:
+        """Remember the last run and what was not answered: of an earlier program in this folder."""
+        for number, person, begun, ended, ending, facts in memory.rows(
+            'SELECT * FROM run ORDER BY number DESC LIMIT 1'
+        ):
+            about = {'number': number, 'person': person, 'begun': begun, 'ended': ended, 'ending': ending}
+            self.run = {**json.loads(facts), **about}
+        sql = 'SELECT id, person, text, written FROM message WHERE waiting ORDER BY rowid'
+        for number, key, text, written in memory.rows(sql):
+            order = Order(number, people.by_key.get(key, OWNER), text)
+            if time.time() - written > 600 or not parse(text):
+                mail.put((order.person, too_old(text)), also=[done(number)])
+            else:
+                self.orders[number] = order
+        threading.Thread(target=self.watch, name='watch', daemon=True).start()
+
+    def start(self, process: Any = None, ours: Optional[socket.socket] = None) -> None:
+        """Start the process, or take over the one that is there. Needs the guard."""
+        if ours is None:
+            place.write(*[0] * 8)
+            process, ours = start_training(place_file)
+        self.process, self.line = process, Line(ours.detach())
+        self.state, self.why, self.bye = State.STARTING, '', None
+        self.saved = self.progress = self.silent = False
+        self.sent.clear()
+        threading.Thread(target=self.listen, args=(process, self.line), daemon=True).start()
+
+    def listen(self, process: Any, line: Line) -> None:
+        """Do what the training process says until its end: a thread of its own."""
+        oom, last_words, readers = oom_kills(), collections.deque(maxlen=50), []
+        others, result = (), []
+        if process is not None:
+            read, write = os.pipe()
+            waiter = threading.Thread(target=wait_for_end, args=(process, result, write), daemon=True)
+            waiter.start()
+            others = (read,)
+            for number, stream in ((1, process.stdout), (2, process.stderr)):
+                arguments = number, stream.fileno(), last_words
+                readers.append(threading.Thread(target=copy_output, args=arguments, daemon=True))
+                readers[-1].start()
+        while (message := line.receive(*others)) is not None:
+            try:
+                getattr(self, 'do_' + message.pop('do'))(**message)
+            except Exception:
+                print_traceback()
+        if process is not None:
+            self.collect(process, waiter, readers)
+            os.close(read)
+        status, megabytes = result or (0, 0)
+        by_system = status == -signal.SIGKILL and oom_kills() != oom
+        self.is_over(status, megabytes if by_system else 0, last_words)
+        for reader, stream in zip(readers, (process and process.stdout, process and process.stderr)):
+            if not reader.is_alive():
+                stream.close()
+
+    def collect(self, process: Any, waiter: threading.Thread, readers: list) -> None:
+        """Wait for the end of a process that has closed the line, and end all that it has left running."""
+        waiter.join(self.PATIENCE)
+        if self.bye is None or waiter.is_alive():
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+        waiter.join()
+        for reader in readers:
+            reader.join(1)  # something that has left the group may hold the stream
+
+    def is_over(self, status: int, megabytes: float, last_words: Iterable) -> None:
+        """The process has ended: with a word of good-bye, before it began, or by a death."""
+        with self.guard:
+            was, self.state = self.state, State.GONE
+            if was is State.GONE:
+                return
+            if was is State.STARTING and not self.told and self.asked and status < 0 and not self.ending:
+                self.start()  # killed while somebody looks for a phone
+            elif was is State.STARTING and not self.told:  # it never got as far as run()
+                self.status = status if status >= 0 else 128 - status
+                self.requests.put(None)
+            elif self.bye is not None and not self.restarting:
+                self.status = self.bye
+                if self.again and not self.ending:
+                    self.start()
+            else:
+                self.tell_death(was, status, megabytes, last_words)
+            self.restarting = False
+            self.guard.notify_all()
+
+    def tell_death(self, was: State, status: int, megabytes: float, last_words: Iterable) -> None:
+        """Tell what has happened and what follows; start the process again. Needs the guard."""
+        asked, going = self.restarting, bool(self.run) and self.run.get('ending') is None
+        if not asked:
+            self.deaths = 1 if self.progress else self.deaths + 1
+        cannot_start = was is State.STARTING and status > 0 and not self.why
+        lines = [f'训练的进程没有了：{self.cause(status, megabytes)}（主机 {socket.gethostname()}）']
+        if cannot_start:
+            words = [line for line in last_words if line.strip()]
+            lines = [f'训练的程序启动不了（主机 {socket.gethostname()}）：{words[-1] if words else status}']
+        if going:
+            lines += self.where()
+        process_can_start = self.process is not None
+        again = not self.ending and process_can_start and not cannot_start
+        again = again and (asked or self.deaths < self.DEATHS or isinstance(itchat.instance, Silent))
+        kept = self.saved or asked and self.run.get('checkpoint')
+        resumes = bool(again and going and kept and not self.run.get('stopping'))
+        lines += self.what_follows(again, resumes, process_can_start)
+        statements = self.refuse_orders(cannot_start)
+        if going and not resumes:
+            self.run.update(ending='中断', ended=time.time())
+            statements.append(self.run_row())
+        text = '\n'.join(lines)
+        audience = people.audience(self.run.get('person') if going else None, owner=True)
+        mail.put(*((person, text) for person in audience), also=statements)
+        if not isinstance(itchat.instance, Terminal):
+            say(text)
+        if self.ending:
+            self.status = 1
+        if resumes:
+            person = people.by_key.get(self.run['person'], OWNER)
+            order = Order(f'resume {time.time_ns()}', person, '继续', self.run['checkpoint'])
+            self.orders = {order.id: order, **self.orders}
+        if again:
+            self.start()
+        elif not process_can_start:  # there is nothing left to talk for
+            self.do_signal(signal.SIGTERM)
+
+    def where(self) -> list:
+        """Return where the run was and what is kept of it, in lines. Needs the guard."""
+        at = place.read()
+        lines = [f'那时完成 {at["epochs"]:.0f}/{at["length"]:.0f} 轮'] if at['phase'] else []
+        if at['phase'] and at['batch']:
+            lines[0] += '，' + place_in_words(at['epochs'], at['batch'], at['batches'])
+        if self.run.get('checkpoint'):
+            lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
+        return lines
+
+    def what_follows(self, again: bool, resumes: bool, can_start: bool) -> list:
+        """Return what happens next, in lines. Needs the guard."""
+        kept = self.run.get('checkpoint')
+        words = '发“继续”接着训练，或发“开始”从头训练' if kept else '发“开始”就从头训练'
+        if resumes:
+            return ['程序已经重新启动它，自己从检查点接着训练，不用扫码。']
+        if again:
+            return [f'程序已经重新启动它，不用扫码；{words}。']
+        if self.ending or not can_start:
+            return ['程序结束。']
+        times = f'连着 {self.deaths} 次这样了，不再自己启动；' if self.deaths >= self.DEATHS else '改好以后，'
+        return [times + words + '。']
+
+    def cause(self, status: int, megabytes: float) -> str:
+        """Return in words why the process has ended. Needs the guard."""
+        if self.restarting:
+            return '照“重启”结束了' if self.bye is not None else '不理“重启”，强行结束了'
+        if self.why or megabytes:
+            return self.why or f'内存不够，被系统杀掉了，它用到了 {megabytes:.0f} MB'
+        if status < 0:
+            with contextlib.suppress(ValueError):
+                return f'被信号 {signal.Signals(-status).name} 结束了'
+        return f'自己退出了，退出状态 {status}' if self.process else '没有说再见'
+
+    def refuse_orders(self, all_of_them: bool) -> list:
+        """Answer those that cannot be carried out; return what to remember. Needs the guard.
+
+        One that was being carried out at two deaths has caused them.
+        """
+        statements = []
+        for number in list(self.orders):
+            tries = [0]
+            if number in self.sent:
+                statements.append(('UPDATE message SET tries = tries + 1 WHERE id = ?', number))
+                tries = [row[0] for row in memory.rows('SELECT tries FROM message WHERE id = ?', number)]
+            if all_of_them or tries >= [1]:
+                order = self.orders.pop(number)
+                text = f'“{order.text.strip()[:20]}”没有执行：训练的进程没有了。'
+                mail.put(*[(order.person, text)] * (not order.path), also=[done(number)])
+        return statements
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self.process is not None and self.state is not State.GONE:
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self, stop: bool) -> None:
+        """Let the process end, after `stop`ping its run or when that is over; wait for that."""
+        with self.guard:
+            self.ending = True
+            if self.state is not State.GONE:
+                self.line.send('end', stop=stop)
+            self.guard.wait_for(lambda: self.state is State.GONE)
+
+    def dismiss(self, status: int) -> None:
+        """The program ends with `status`: so does the process that trains."""
+        with self.guard:
+            self.ending = True
+            if self.state is not State.GONE:
+                self.line.send('exit', status=status)
+                if not self.guard.wait_for(lambda: self.state is State.GONE, self.PATIENCE):
+                    self.kill()
+
+    def wait_gone(self) -> None:
+        """Wait for the end of the process that is not followed by another one."""
+        with self.guard:
+            self.guard.wait_for(lambda: self.state is State.GONE)
+
+    def is_busy(self) -> bool:
+        """Return whether a run is going on."""
+        with self.guard:
+            return bool(self.run) and self.run.get('ending') is None
+
+    # -- what comes from the chat
+
+    def take(self, msg: dict) -> None:
+        """Take in a message that was received: accept a command, hand on what the script has handlers for."""
+        chat = {templates.MassivePlatform: 'MpChat', templates.Chatroom: 'GroupChat'}
+        chat = chat.get(type(msg['User']), 'FriendChat')
+        is_text = msg['Type'] == itchat.content.TEXT and chat == 'FriendChat'
+        if is_text and self.told.get('commands') and self.hear(msg):
+            return
+        if msg['Type'] in self.told.get('handlers', {}).get(chat, ()):
+            if callable(msg.get('Text')):
+                self.downloads[msg['MsgId']] = msg['Text']
+                if len(self.downloads) > 100:
+                    self.downloads.popitem(last=False)
+            msg = {**msg, 'User': dict(msg['User'])}
+            self.line.send('message', chat=chat, msg={k: v for k, v in msg.items() if not callable(v)})
+
+    def hear(self, msg: dict) -> bool:
+        """Accept a command; return False when a message is none, or nobody's who could command."""
+        command = parse(msg['Text'])
+        person = people.writer(msg) if command else None
+        if person is None:
+            return False
+        name, text, old = visible(person.name), msg['Text'].strip(), is_old(msg)
+        itchat.instance.log(f'{name}：{visible(text)}')
+        if memory.rows('SELECT 1 FROM message WHERE id = ?', msg['MsgId']):
+            return True  # the server sends it again
+        if not people.permit(person, old):
+            itchat.instance.log(f'{name} 不能下命令')
+            return True
+        order = Order(msg['MsgId'], person, msg['Text'])
+        sql = 'INSERT INTO message (id, person, text, written, tries, waiting) VALUES (?, ?, ?, ?, 0, ?)'
+        row = sql, order.id, person.key, order.text, time.time()
+        with self.guard:
+            answer = too_old(text) if old else self.own_answer(command)
+            if answer:
+                mail.put((person, answer), also=[(*row, 0)])
+                return True
+            memory.write((*row, 1), *forget_messages())
+            self.orders[order.id] = order
+            if self.state is State.READY:
+                self.hand_over(order)
+            elif self.state is State.GONE and not self.ending:
+                self.start()
+        return True
+
+    def own_answer(self, command: Any) -> str:
+        """Return the answer to a command that the talking process carries out itself, else ''.
+
+        That is what the training process cannot do while it is not there. Needs the guard.
+        """
+        if command == 'cancel':
+            return '好，不执行了。' if countdown.cancel() else '没有要取消的。'
+        if command == 'restart':
+            return self.restart()
+        if command == 'status' and self.state is not State.READY:
+            return self.status_without_it()
+        if self.state is State.GONE and command in ('params', 'help'):
+            return self.values() if command == 'params' else HELP
+        return ''
+
+    def hand_over(self, order: Order) -> None:
+        """Let the training process carry out a command. Needs the guard."""
+        self.sent[order.id] = time.monotonic()
+        self.line.send('order', **order.words())
+
+    def wait_answered(self, number: str) -> None:
+        """Wait until the message with this id is answered."""
+        with self.guard:
+            self.guard.wait_for(lambda: number not in self.orders)
+
+    def restart(self) -> str:
+        """End the process, by force if it does not want to, and start it again. Needs the guard."""
+        if self.process is None:
+            return '这个程序的训练进程不能重新启动。'
+        if self.state is State.GONE:
+            self.deaths = 0
+            self.start()
+            return '好，正在启动训练的进程。'
+        if not self.restarting:
+            self.restarting = True
+            self.line.send('end', stop=True, pause=True)
+            timer = threading.Timer(self.PATIENCE, self.kill_this, args=(self.process,))
+            timer.daemon = True
+            timer.start()
+        return '好，重新启动训练的进程。'
+
+    def kill_this(self, process: Any) -> None:
+        """End a process that does not want to, unless it is gone."""
+        with self.guard:
+            if self.process is process:
+                self.kill()
+
+    def status_without_it(self) -> str:
+        """Return where things stand as far as the talking process knows. Needs the guard."""
+        starting = self.state is State.STARTING
+        lines = [
+            '训练的进程' + ('正在启动，命令会等它' if starting else '没有在运行，“开始”或“继续”会启动它')
+        ]
+        if self.run:
+            lines += [f'上次：{self.run.get("how_far", "")}']
+            if self.run.get('checkpoint'):
+                lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
+        return '\n'.join([*lines, self.values(), f'主机 {socket.gethostname()}'])
+
+    def values(self) -> str:
+        """Return the three values for the next run, in words."""
+        return values_text(*{**self.told.get('values', {}), **memory.get('values', {})}.values())
+
+    # -- what the training process says
+
+    def do_login(self, given: dict, how: dict) -> None:
+        """It calls auto_login(): the first time the main thread logs in, later there is a session."""
+        with self.guard:
+            vars(options).update(given)
+            if self.session:
+                self.let_in()
+                if 'loginCallback' in how.get('callbacks', ()):
+                    self.line.send('call_back', name='loginCallback', how={})
+            elif not self.asked:
+                self.asked = True
+                self.requests.put(how)
+
+    def open_session(self) -> None:
+        """The main thread has logged in."""
+        with self.guard:
+            self.session = True
+            self.let_in()
+
+    def let_in(self) -> None:
+        """Tell it that there is a session, and what it has to know."""
+        names = 'values', 'chosen', 'report_every', 'patience'
+        settings = {name: value for name in names if (value := memory.get(name)) is not None}
+        self.line.send('logged_in', settings=settings, last=self.run.get('number', 0))
+
+    def do_run(self, commands: bool, handlers: dict, values: dict, offer: str) -> None:
+        """It calls run(): it is ready for commands and messages; what an earlier one left is to be done."""
+        with self.guard:
+            first = not self.told
+            self.told = {'commands': commands, 'handlers': handlers, 'values': values}
+            self.state = State.READY
+            if first:
+                self.requests.put({})
+                if offer:
+                    say(offer)
+                self.tell_return(offer)
+            for order in self.orders.values():
+                self.hand_over(order)
+            self.guard.notify_all()
+
+    def tell_return(self, offer: str) -> None:
+        """Tell who heard of a run that is not over that the program was gone. Needs the guard."""
+        if self.is_busy():
+            gone, now = memory.get('alive'), time.time()
+            form = '%H:%M' if gone and now - gone < 43200 else '%m-%d %H:%M'
+            when = [time.strftime(form, time.localtime(moment)) for moment in (gone or now, now)]
+            text = f'程序又启动了：从 {when[0]} 到 {when[1]} 它不在，那时的训练中断了'
+            text += f'（主机 {socket.gethostname()}）。\n' + (offer or '没有检查点，发“开始”从头训练。')
+            self.run.update(ending='中断', ended=gone or now)
+            audience = people.audience(self.run['person'], owner=True)
+            mail.put(*((person, text) for person in audience), also=[self.run_row()])
+
+    def do_answered(self, id: str, letters: list, settings: dict, run: dict) -> None:
+        """A command was carried out: its answer and its effects are remembered together."""
+        with self.guard:
+            order = self.orders.pop(id, None)
+            self.sent.pop(id, None)
+            letters = [Letter(**letter) for letter in letters]
+            if run.get('begun') and countdown.cancel() and letters:
+                letters[0] = letters[0]._replace(content=f'{letters[0].content}\n（“{options.then}”已取消）')
+            if order is not None:
+                also = [done(id), *(set_setting(*item) for item in settings.items())]
+                if run:
+                    self.run = {**({} if run.get('begun') else self.run), **run}
+                    also.append(self.run_row())
+                mail.put(*((order.person, letter) for letter in letters), also=also)
+            self.guard.notify_all()
+
+    def do_tell(self, letters: list, run: Optional[dict] = None) -> None:
+        """Send letters to the run's starter and the supervisors, and note what is new about the run."""
+        with self.guard:
+            audience = people.audience(self.run.get('person'))
+            pairs = [(person, Letter(**letter)) for letter in letters for person in audience]
+            run = run or {}
+            self.run.update(run)
+            self.saved |= 'checkpoint' in run
+            self.progress |= bool(run)
+            mail.put(*pairs, also=[self.run_row()] if run else ())
+            if run.get('then') and options.then:
+                countdown.start(self.run.get('person'))
+            self.guard.notify_all()
+
+    def run_row(self) -> tuple:
+        """Return the statement that remembers what is known of the last run. Needs the guard."""
+        row = [self.run.get(name) for name in ('number', 'person', 'begun', 'ended', 'ending')]
+        return 'INSERT OR REPLACE INTO run VALUES (?, ?, ?, ?, ?, ?)', *row, json.dumps(self.run)
+
+    def do_call(self, n: int, name: str, args: list, kwargs: dict) -> None:
+        """It calls a function of itchat's."""
+        self.calls.submit(self.call, self.line, n, name, args, kwargs)
+
+    def call(self, line: Line, n: int, name: str, args: list, kwargs: dict) -> None:
+        """Call a function of the client's, or fetch a file that came with a message; send what it returns."""
+        try:
+            function = self.downloads[args.pop(0)] if name == 'download' else getattr(itchat.instance, name)
+            line.send('reply', n=n, value=function(*args, **kwargs))
+        except Exception as error:
+            line.send('reply', n=n, error=f'{type(error).__name__}: {first_line(error)}')
+
+    def do_bar(self, text: str) -> None:
+        """It shows how far an epoch is."""
+        printer.show_bar(text)
+
+    def do_dying(self, why: str) -> None:
+        """It is about to end, for a reason that its exit status does not tell."""
+        self.why = why
+
+    def do_bye(self, status: int, again: bool = False) -> None:
+        """It ends, as it was asked to or at the end of the script; or it wants to be started `again`."""
+        with self.guard:
+            self.bye, self.again = status, again
+            if self.process is None:  # it waits for this one's end
+                self.is_over(0, 0, ())
+
+    def do_progress(self) -> None:
+        """It has got somewhere: what comes is not the death before once more."""
+        self.progress = True
+
+    def do_signal(self, number: int) -> None:
+        """A signal has come to it, where it is the process that the shell has started."""
+        self.signal = number
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    # -- what is told without being asked
+
+    def tell(self, text: str, key: Optional[int]) -> None:
+        """Send a text to the one who started the run and to the supervisors."""
+        mail.put(*((person, text) for person in people.audience(key)))
+
+    def watch(self) -> None:
+        """Tell when a run stands still, and when it goes on; note that the program lives: its own thread."""
+        never = threading.Event()
+        while not never.wait(min(options.silence / 10, self.PATIENCE / 2)):
+            memory.still_alive()
+            with self.guard:
+                text = self.news() if self.state is State.READY else ''
+                if text:
+                    self.tell(text, self.run.get('person'))
+                self.tell_unanswered()
+
+    def tell_unanswered(self) -> None:
+        """Tell, once, who waits for the answer to a command for too long. Needs the guard."""
+        for number, since in self.sent.items():
+            if time.monotonic() - since > self.PATIENCE and number in self.orders:
+                order = self.orders[number]
+                text = f'训练的进程 {self.PATIENCE} 秒没有回答“{order.text.strip()[:20]}”；'
+                text += '它要是卡住了，发“重启”。'
+                mail.put((order.person, text))
+                self.sent[number] = math.inf
+
+    def news(self) -> str:
+        """Return what to say when no batch was done for long, or one at last; '' when there is nothing."""
+        at = place.read()
+        silence = time.monotonic() - at['last_step']
+        usual = (at['last_step'] - at['epoch_began']) / max(at['batch'] - at['epoch_from'], 1)
+        if self.silent and silence < 10 * usual + 1:
+            self.silent = False
+            batch = f'，{place_in_words(at["epochs"], at["batch"], at["batches"])}' if at['batch'] else ''
+            return f'又接着算了：完成 {at["epochs"]:.0f}/{at["length"]:.0f} 轮{batch}'
+        if self.silent or at['phase'] != Phase.TRAINING or silence <= max(options.silence, 10 * usual):
+            return ''
+        self.silent = True
+        where = place_in_words(at['epochs'], at['batch'] + 1, at['batches'], '')
+        return f'已经 {duration(silence)}没有算完一批，停在{where}（主机 {socket.gethostname()}）'
+
+
+def done(number: str) -> tuple:
+    """Return the statement that remembers that a message was answered."""
+    return 'UPDATE message SET waiting = 0 WHERE id = ?', number
+
+
+def forget_messages() -> list:
+    """Return the statement that forgets all but the last ten thousand messages."""
+    return [('DELETE FROM message WHERE rowid < (SELECT max(rowid) FROM message) - 10000',)]
+
+
+def too_old(text: str) -> str:
+    """Return the answer to a command from when the program was not there."""
+    return f'“{text.strip()[:20]}”太早了，是程序不在时写的，没有执行。还要就再发一次。'
+
+
+def is_old(msg: dict) -> bool:
+    """Return whether a command was written while the program was down, more than ten minutes ago."""
+    now = itchat.instance.server_time()
+    written = msg.get('CreateTime', now)
+    return written < now - (time.time() - started) and now - written > 600
+
+
+started = time.time()  # of the program
+
+
+def wait_for_end(process: subprocess.Popen, result: list, write: int) -> None:
+    """Put the exit status of a process and its memory in MB at most into `result`; then close `write`."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    result += process.returncode, usage.ru_maxrss / (1024 if sys.platform == 'linux' else 2**20)
+    os.close(write)
+
+
+def copy_output(number: int, stream: int, last_words: collections.deque) -> None:
+    """Print what the training process prints, and keep the last lines of its errors: a thread for each."""
+    rest = b''
+    with contextlib.suppress(OSError):
+        while content := os.read(stream, 65536):
+            printer.put(number, f'its {number}', content)
+            if number == 2:
+                *lines, rest = (rest + content).split(b'\n')
+                last_words += [line.decode('utf-8', 'replace') for line in lines]
+                rest = rest[-1000:]
+
+
+def oom_kills() -> list:
+    """Return how many processes the kernel has killed for want of memory: in all, in this control group."""
+    numbers, paths = [], ['/proc/vmstat']
+    with contextlib.suppress(OSError), open('/proc/self/cgroup') as f:
+        groups = [line.rstrip('\n').split(':', 2) for line in f]
+        paths += [f'/sys/fs/cgroup{path}/memory.events' for _, names, path in groups if not names]
+        paths += [f'/sys/fs/cgroup/memory{path}/memory.oom_control' for _, names, path in groups if names]
+    for path in [*paths, '/sys/fs/cgroup/memory.events']:  # the last: in a container
+        with contextlib.suppress(OSError), open(path) as f:
+            numbers += re.findall(r'^oom_kill (\d+)', f.read(), re.M)
+    return numbers
+
+
+class Countdown:
+    """The command of --then: announced, held back for a minute, run.
+
+    A thread for each announcement runs it; all threads start and cancel it; `guard` guards it.
+    """
+
+    ANNOUNCING = 600  # seconds to wait for a session in which it can be announced
+
+    def __init__(self):
+        self.guard = threading.Lock()
+        self.cancelled = None  # the Event that calls off what is to be run; None when nothing is
+        self.thread = None
+
+    def start(self, person: Optional[int]) -> None:
+        """Announce the command and let it run when nobody says 取消."""
+        trainer.tell(f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。', person)
+        with self.guard:
+            self.cancelled = threading.Event()
+            arguments = self.cancelled, person
+            self.thread = threading.Thread(target=self.count, args=arguments, daemon=True)
+            self.thread.start()
+
+    def count(self, cancelled: threading.Event, person: Optional[int]) -> None:
+        """Wait until the announcement is sent (ten minutes at most), then for the delay; run the command."""
+        mail.wait(self.ANNOUNCING)
+        if cancelled.wait(options.then_delay):
+            return
+        with self.guard:
+            if cancelled.is_set():
+                return
+            self.cancelled = None
+        status = subprocess.run(options.then, shell=True, stdin=subprocess.DEVNULL).returncode
+        trainer.tell(f'已执行：{options.then}\n退出状态 {status}', person)
+
+    def cancel(self) -> bool:
+        """Call the command off; return whether one was to run."""
+        with self.guard:
+            cancelled, self.cancelled = self.cancelled, None
+        if cancelled is not None:
+            cancelled.set()
+        return cancelled is not None
+
+    def wait(self) -> None:
+        """Wait until nothing is to be run."""
+        if self.thread is not None:
+            self.thread.join()
+
+
+# ------------------------------------------------------------------------------------------ the door
+
+
+def talk() -> None:
+    """Be the process that talks, until the end of the program: what the main thread does."""
+    status = 0
+    try:
+        how = trainer.requests.get()
+        if how is not None:
+            client = Silent() if options.join else Terminal() if options.console or options.demo else None
+            client = client or (FileHelper() if options.filehelper else WeChat())
+            use_client(client)
+            client.auto_login(**how)
+            with client.waiting():
+                trainer.open_session()
+                how = trainer.requests.get()
+        if how is not None:
+            client.run()
+        status = trainer.status
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        print_traceback()
+        status = 1
+    trainer.dismiss(status)
+    if printer:
+        printer.close()
+    os._exit(status)
+
+
+if TALKS:
+    make_streams_safe()
+    memory, people, mail, countdown, trainer = Memory(), People(), Mail(), Countdown(), Trainer()
+    printer = None
+    if role:  # the one that trains has started it, and prints
+        place = Place(int(role_words[1]))
+        let_print(lambda number, who, content: trainer.line.send('print', number=number, content=content))
+        trainer.start(None, socket.socket(fileno=int(role_words[0])))
+    else:
+        printer, place = Printer(), Place(place_file.fileno())
+        let_print(printer.put)
+        trainer.start(*first_process)
+    talk()
+
 # ------------------------------------------------------------------------------------- before MXNet
+
+import csv
+import ctypes
+import faulthandler
+import gc
+import gzip
+import importlib.util
+import inspect
+import statistics
+import tempfile
+import weakref
+import zipfile
+import zlib
+
+import numpy as np
+import pooch
+from PIL import Image, ImageDraw
 
 # What MXNet reads when it is imported is set here; the user's own settings win. So `import utils` comes
 # before `import mxnet` in every script.
@@ -246,72 +3082,8 @@ from mxnet.gluon import nn
 # --------------------------------------------------------------------------------- the command line
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the options that every script has that calls parse_args()."""
-    parser = argparse.ArgumentParser(
-        description='训练神经网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。',
-        epilog='退出状态：0 正常；1 登录失败或训练出错；2 选项不对；130、143、129 是被信号结束。',
-    )
-    add = parser.add_argument
-    add('--console', action='store_true', help='不用微信，在终端里输入同样的命令')
-    add('--data', metavar='DIR', help='Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）')
-    add('--demo', action='store_true', help='--console，并用程序自己画的小图：不需要微信，也不需要网络')
-    add(
-        '--filehelper',
-        action='store_true',
-        help='从文件传输助手登录：什么账号都可以，在自己手机的“文件传输助手”里发命令',
-    )
-    add('--logout', action='store_true', help='结束存下的登录（服务器上的也结束），删掉它的文件')
-    add(
-        '--seed',
-        type=int,
-        default=0,
-        help='随机种子：种子和 OMP_NUM_THREADS 都相同，训练的结果就相同（默认 0）',
-    )
-    add(
-        '--supervisor',
-        metavar='NAME',
-        action='append',
-        default=[],
-        help='谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以',
-    )
-    add('--then', metavar='CMD', help='训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown')
-    add('--gpu', type=int, default=0, metavar='I', help='用第几块 GPU，从 0 数起（默认 0）')
-    add(
-        '--workers',
-        type=int,
-        default=1,
-        metavar='N',
-        help='由 N 个进程一起训练（默认 1），各用一块 GPU；bs 是合起来的',
-    )
-    add(
-        '--host',
-        metavar='IP',
-        help='本机的地址：其余 N-1 个进程在别的机器上，用 --join 加入；只用于信得过的网络',
-    )
-    add('--port', type=int, default=9091, help='与 --host 一起：在哪个端口等它们（默认 9091）')
-    add(
-        '--join',
-        metavar='IP:PORT',
-        help='不进微信，只跟着那台机器上的程序训练；程序、数据和 --workers 要和那里一样',
-    )
-    add(
-        '--trace',
-        metavar='FILE',
-        help='把每个请求和回答记进 FILE，密钥、名字、文字都涂黑，可以附在问题报告里',
-    )
-    parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
-    parser.set_defaults(retry=1)  # seconds until what failed is tried again; twice as many every time
-    parser.set_defaults(report_every=1, patience=0)  # set by 报告 and 早停
-    parser.set_defaults(silence=300)  # seconds without a batch that are told
-    return parser
-
-
-options = make_parser().parse_args([])  # the defaults, for a script that does not call parse_args()
-
-
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
-    """Read the command line (or `argv`) into `options` and choose the client that it asks for.
+    """Read the command line (or `argv`) into `options`; the talking process hears of them at the login.
 
     A training script calls this once, before chat_supervisor(). Ends the program with status 2, after a line
     that says why, when an option is wrong.
@@ -332,20 +3104,13 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         except OSError as error:
             parser.error(f'--data：{error}')
     check_workers(parser)
-    if options.join:
-        use_client(Follower())
-    elif options.console or options.demo:
-        use_client(Terminal())
-    elif options.filehelper:
-        use_client(FileHelper())
     return options
 
 
 def check_workers(parser: argparse.ArgumentParser) -> None:
     """Make `team` what the options say; end the program when they are wrong."""
-    if CHILD in os.environ:
-        options.join, gpu = os.environ[CHILD].split()
-        options.gpu = int(gpu)
+    if role == 'follows':
+        options.join, options.gpu = role_words[0], int(role_words[1])
     team.size = team.num_workers = options.workers
     if options.workers < 1 or (options.workers == 1 and (options.host or options.join)):
         parser.error('--workers：要大于 0；和 --host、--join 一起时要大于 1，各台机器上一样')
@@ -357,7 +3122,7 @@ def check_workers(parser: argparse.ArgumentParser) -> None:
         host, _, port = options.join.rpartition(':')
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             parser.error('--join：要写成 IP:PORT')
-        team.talks, team.address, options.then = False, (host, int(port)), None
+        team.leads, team.address, options.then = False, (host, int(port)), None
     elif options.workers > 1:
         try:
             team.address = find_address()
@@ -974,21 +3739,22 @@ if not HAS_CUDA:
 
 
 class Team(mx.kvstore.KVStoreBase):
-    """The processes that train together with --workers: one talks, the others follow. Alone, it does nothing.
+    """The processes that train together with --workers: one leads, the others follow. Alone, it does nothing.
 
     MXNet's parameter server adds up their gradients, each updates its own network: they stay equal to the
-    bit. What the talking one wants travels the same way between two batches, added to the others' zeros; so
+    bit. What the leading one wants travels the same way between two batches, added to the others' zeros; so
     each must call what adds up equally often, and decide by what came back alone.
-    The main thread starts and ends it, the training thread trains with it, one thread connects, one watches
-    for deaths; `ready` and `over` are what they know of each other. It has no lock.
+    The main thread starts it, trains with it and ends it, one thread connects, one watches for deaths and
+    then ends this process: the talking one starts all again. `ready` and `over` are what they know of each
+    other. It has no lock.
     """
 
     type, rank, num_workers = 'dist_sync', 0, 1
-    WORDS = 512  # bytes of what the talking one says; each travels as a float32, there are no others
+    WORDS = 512  # bytes of what the leading one says; each travels as a float32, there are no others
     SILENT = 8  # seconds without a sign of life, of which there is one a second; it is asked for twice more
 
     def __init__(self):
-        self.size, self.talks = 1, True
+        self.size, self.leads = 1, True
         self.address = None  # of the scheduler: host, port
         self.children = {}  # name -> process on this machine
         self.ready, self.over = threading.Event(), threading.Event()
@@ -999,10 +3765,9 @@ class Team(mx.kvstore.KVStoreBase):
     # -- until all are there
 
     def start(self) -> None:
-        """Be the one that talks: start the scheduler, the server and, without --host, the others."""
+        """Be the one that leads: start the scheduler, the server and, without --host, the others."""
         one_machine = self.address[0].startswith('127.')
         self.set_up(self.address[0], CORES // self.size if one_machine else CORES - 1)
-        exit_without_destructors()
         for work in (self.watch, self.connect):
             threading.Thread(target=work, daemon=True).start()
 
@@ -1014,7 +3779,8 @@ class Team(mx.kvstore.KVStoreBase):
             self.add(name, '-c', SERVE, os.path.dirname(os.path.abspath(__file__)), role, str(pause))
         for i in range(1, 1 if options.host else self.size):
             gpu = (options.gpu + i) % max(mx.context.num_gpus(), 1)
-            self.add(f'第 {i + 1} 个训练', *COMMAND, **{CHILD: '%s:%d %d' % (*self.address, gpu)})
+            mark = '%d follows %s:%d %d' % (os.getpid(), *self.address, gpu)
+            self.add(f'第 {i + 1} 个训练', *COMMAND, **{ROLE: mark})
 
     def set_up(self, own_host: str, cores: int) -> None:
         """Let MXNet know where they meet, and how many cores are for this one."""
@@ -1037,7 +3803,7 @@ class Team(mx.kvstore.KVStoreBase):
         """Wait until all have come."""
         self.kv = mx.kv.create(self.type)
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.kv))  # to free it is to wait for the others
-        self.rank = self.kv.rank  # in the order of addresses and ports: the one that talks may have any
+        self.rank = self.kv.rank  # in the order of addresses and ports: the one that leads may have any
         self.ready.set()
 
     # -- while they train
@@ -1047,11 +3813,11 @@ class Team(mx.kvstore.KVStoreBase):
         if self.size == 1:
             return True
         np.random.seed(this_run.seed % 2**32)  # who shuffles with it shuffles alike
-        while self.talks and not self.ready.wait(0.2):
+        while self.leads and not self.ready.wait(0.2):
             with lock:
                 if not running:
                     return False
-        if self.talks:
+        if self.leads:
             content = read_private(this_run.checkpoint) if this_run.resumed is not None else b''
             self.agreed = True, this_run.learning_rate, this_run.training_iters
             about = this_run.seed, this_run.batch_size, this_run.person.name[:20]
@@ -1087,8 +3853,8 @@ class Team(mx.kvstore.KVStoreBase):
         return sums
 
     def exchange(self, words: Any, sums: Any = ()) -> tuple:
-        """Return the talking one's words (JSON) and the sums of all processes' numbers (float32)."""
-        text = json.dumps(words).encode() if self.talks else b''
+        """Return the leading one's words (JSON) and the sums of all processes' numbers (float32)."""
+        text = json.dumps(words).encode() if self.leads else b''
         numbers = np.zeros(self.WORDS + len(sums), np.float32)
         numbers[: len(text)] = np.frombuffer(text, np.uint8)
         numbers[self.WORDS :] = sums
@@ -1097,7 +3863,7 @@ class Team(mx.kvstore.KVStoreBase):
         return json.loads(text), numbers[self.WORDS :].tolist()
 
     def share(self, content: bytes) -> bytes:
-        """Return the talking one's bytes; the others give as many zeros."""
+        """Return the leading one's bytes; the others give as many zeros."""
         numbers = np.zeros(-(-len(content) // 2**20) * 2**20, np.float32)  # the server keeps every shape
         numbers[: len(content)] = np.frombuffer(content, np.uint8)
         numbers = self.sum('bytes', numbers) if content else numbers
@@ -1129,8 +3895,8 @@ class Team(mx.kvstore.KVStoreBase):
         out[:] = whole
 
     def broadcast(self, key, value, out, priority=0):
-        """Let `out` become what the talking one has: a Trainer's parameters, before its first step."""
-        self.pushpull(key, [value if self.talks else nd.zeros_like(value)], out)
+        """Let `out` become what the leading one has: a Trainer's parameters, before its first step."""
+        self.pushpull(key, [value if self.leads else nd.zeros_like(value)], out)
         nd.waitall()  # or the first gradients might overtake them
 
     @staticmethod
@@ -1140,25 +3906,29 @@ class Team(mx.kvstore.KVStoreBase):
     # -- what the others do
 
     def follow(self, nn_train: Callable) -> None:
-        """Train along with the one that talks whenever it begins, until its end."""
+        """Train along with the one that leads whenever it begins, until its end."""
         global run, running
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, whatever it waits for
+        if role != 'follows':  # on another machine
+            itchat.instance.auto_login()
+            itchat.instance.get_ready()
         with waiting_for('在等 %s:%d 上的程序（它启动了吗？防火墙？）' % self.address):
             while not (own_host := own_address(self.address)):  # MXNet would wait for one that is gone
                 self.over.wait(0.5)
         self.set_up(own_host, CORES // self.size if own_host == self.address[0] else CORES)
         threading.Thread(target=self.leave_when_silent, args=(1,), daemon=True).start()
         self.connect()
+        itchat.instance.report('progress')
         say('都到了，等那边说“开始”。')
         while True:
             said, _ = self.exchange(None)
             if said is None or said[0] != self.size:
                 say('那边结束了。' if said is None else f'那边是 --workers {said[0]}，这里要一样。')
+                itchat.instance.report('bye', status=int(said is not None))
                 os._exit(int(said is not None))
             _, self.agreed, seed, batch_size, name, length = said
             content = self.share(bytes(length))
             with lock:
-                run = Run(Person(name, None), nn_train)
+                run = Run(Caller(None, name), nn_train)
                 run.busy = running = True
                 if content:
                     run.resume('', read_checkpoint(content))
@@ -1177,19 +3947,17 @@ class Team(mx.kvstore.KVStoreBase):
         return self.silences > 2
 
     def leave_when_silent(self, group: int) -> None:
-        """End this process when one of a group is silent: a thread of those that do not talk."""
+        """End this process when one of a group is silent: a thread of those that do not lead."""
         while not self.is_silent(group) if self.ready.is_set() else own_address(self.address):
             self.over.wait(1)
         self.leave()
 
     def leave(self) -> None:
-        """End a process that does not talk, after a death or an error; on another machine it begins again."""
-        if options.join and CHILD not in os.environ:
-            begin_again()
+        """End this process after a death or an error; what talks on its machine starts it again."""
         os._exit(1)
 
     def watch(self) -> None:
-        """Wait for a death, tell it and begin the program again: a thread of the one that talks."""
+        """Wait for a death, say so and end this process: a thread of the one that leads."""
         self.add_all()
         began, dead, silent = time.monotonic(), [], False
         while not dead and not silent:
@@ -1198,34 +3966,31 @@ class Team(mx.kvstore.KVStoreBase):
             dead = [name for name, child in self.children.items() if child.poll() is not None]
             silent = self.ready.is_set() and self.is_silent(1)
         what = f'{dead[0]}进程没有了' if dead and dead != ['调度'] else '有一个训练进程没有回应了'
-        if not self.ready.is_set() and time.monotonic() - began < 30:  # it would be the same again
-            itchat.instance.ends.set()
+        if not self.ready.is_set() and time.monotonic() - began < 30:
             what += '：几个进程没有能一起开始，原因可能在终端上'
-        itchat.instance.begin_again(what)
+        itchat.instance.report('dying', why=what)
+        os._exit(1)
 
     def end_run(self, this_run: Any) -> None:
         """A run is over. After an error in one, the others may wait for it for ever: begin all again."""
         if self.size > 1 and not isinstance(this_run.error, (NotFinite, type(None))):
-            if not self.talks:
-                self.over.wait(5)  # if the one that talks has met with the same, it is the one to tell it
+            if not self.leads:
+                self.over.wait(5)  # if the one that leads has met with the same, it is the one to tell it
                 self.leave()
-            itchat.instance.begin_again()
+            itchat.instance.leave(1, again=True)
 
-    def end(self, status: Optional[int] = None) -> None:
-        """End the other processes; with a status, the program."""
+    def end(self) -> None:
+        """End the other processes."""
         if self.ready.is_set() and not self.over.is_set():
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                training_thread.submit(self.exchange, None).result(5)
+            words = threading.Thread(target=self.exchange, args=(None,), daemon=True)
+            words.start()
+            words.join(5)
         self.over.set()
         for child in list(self.children.values()):  # one that is just being started ends with this process
             child.kill()
             child.wait()
-        if self.size > 1 and status is not None:
-            sys.stdout.flush()
-            os._exit(status)  # MXNet would wait for the others
 
 
-CHILD = 'WECHAT_TRAIN_CHILD'  # in the environment of one that Team.start() has started: --join, --gpu
 SERVE = 'import sys; sys.path.insert(0, sys.argv[1]); import utils; utils.serve(*sys.argv[2:])'
 
 
@@ -1244,15 +4009,8 @@ def end_with(parent: int, libc: Any) -> None:
         os._exit(1)
 
 
-def exit_without_destructors() -> None:
-    """Let sys.exit() end the program with its status: MXNet's threads would abort it."""
-    libc = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):  # glibc has it; the last that is registered comes first
-        atexit.register(libc.on_exit, libc._exit, None)
-
-
 def serve(role: str, pause: str) -> None:
-    """Be the scheduler or the server, after a pause, until the one that talks ends it: a whole process."""
+    """Be the scheduler or the server, after a pause, until the one that leads ends it: a whole process."""
     team.over.wait(float(pause))
     os.environ['DMLC_ROLE'] = role
     team.kv = mx.kv.create('dist')
@@ -1327,8 +4085,8 @@ def connected_to(port: int) -> list:
 
 # ------------------------------------------------------------------------- what a training loop calls
 
-# `lock` guards the variables from here to `run`, and everything in a Run: WeChat's thread changes them when a
-# person says so, the training thread reads them between batches. Hold it for a moment only.
+# `lock` guards the variables from here to `run`, and everything in a Run: the listening thread changes them
+# when a person says so, the training thread reads them between batches. Hold it for a moment only.
 lock = threading.Lock()
 running = False  # may the training go on? True from 开始 until 停止, the end or a crash
 batch_size = 256  # images
@@ -1389,8 +4147,8 @@ def progress(train_data: Iterable) -> Iterator:
     else:
         batches = itertools.islice(train_data, done, None)
     name = f'第 {epoch} 轮' if epoch else None
-    shown = None if team.talks else True  # None: on a terminal
-    with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, disable=shown) as bar:
+    how = itchat.instance.bar() if team.leads else {'disable': True}
+    with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, **how) as bar:
         for batch in waiting_for_first(bar, '第一批正在算') if counted and run.passes == 1 else bar:
             began = time.perf_counter()
             try:
@@ -1410,6 +4168,7 @@ def progress(train_data: Iterable) -> Iterator:
     if counted:
         with lock:
             run.in_epoch, run.batches = False, run.batch
+            run.note_place()
 
 
 def waiting_for_first(batches: Iterable, what: str) -> Iterator:
@@ -1478,10 +4237,9 @@ def chat_inf(
     check_finite(loss)
     with lock:
         report = run.finish_epoch(epoch, loss, train_acc, float(test_acc), numbers)
-        if run.is_due():
-            run.tell(report)
+        run.tell(*[report] * run.is_due(), how_far=run.how_far())
         if run.has_no_patience_left():
-            running, run.early = False, options.patience
+            running, run.early = False, settings.patience
         rows, extra = run.history[:], [dict(numbers) for numbers in run.numbers]
     run.write('log.csv', '日志', lambda path: write_log(path, rows, extra))
 
@@ -1532,8 +4290,10 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
     path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, net, trainer, state, losses))
     if path and is_best:
         run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
-    with lock:
-        run.checkpoint = path or run.checkpoint
+    if path:
+        with lock:
+            run.checkpoint = path
+            run.tell(checkpoint=path, kept=run.how_far())
     return here
 
 
@@ -1567,7 +4327,7 @@ def own_sums(state: dict) -> tuple:
     parts = state.get('parts', ())
     if len(parts) == team.size:
         return tuple(parts[team.rank])
-    return (state['train_loss'], state['train_acc']) if team.talks else (0, 0)
+    return (state['train_loss'], state['train_acc']) if team.leads else (0, 0)
 
 
 # --------------------------------------------------------------------------------------- a run
@@ -1603,21 +4363,16 @@ class Losses:
             self.size *= 2
 
 
-class Report(str):
-    """The text after an epoch, with its test accuracy: what has had to wait is shortened by it."""
-
-    test_acc = 0.0
-
-
 class Run:
     """One training run: what is known of it, and what can be said about it.
 
-    The training thread writes it, the main thread and the mail's read it. `lock` guards it: every method
+    The training thread writes it, the listening and the drawing one read it. `lock` guards it: every method
     needs it but for make_folder() and write(), which are called without it.
     """
 
-    def __init__(self, person: 'Optional[Person]' = None, nn_train: Optional[Callable] = None):
+    def __init__(self, person: 'Optional[Caller]' = None, nn_train: Optional[Callable] = None):
         self.person = person  # who started it
+        self.number = 0  # of all runs in this folder
         self.learning_rate, self.training_iters = learning_rate, training_iters
         self.batch_size, self.seed = batch_size, options.seed  # a resumed run keeps its own
         self.live = calls(nn_train, 'params')  # does nn_train ask for new values while it trains?
@@ -1634,7 +4389,6 @@ class Run:
         self.numbers = []  # beside it: what chat_inf() was given by name
         self.mistakes = []  # of the last evaluation: see Mistakes
         self.rolling_back = False  # is the next 继续 to go on from the best epoch?
-        self.silent = False  # has it been told that no batch gets done?
         self.marks = []  # pairs: epochs done, what happened there, for the curve
         self.losses = Losses()
         self.loader = self.loader_type = None  # refers to what the run trains with: see trains_with()
@@ -1653,7 +4407,7 @@ class Run:
         """Go on with the checkpoint in `path`, which holds `state`."""
         self.folder, self.checkpoint, self.resumed = os.path.dirname(path), path, state
         self.learning_rate, self.training_iters, self.batch_size = state['params']
-        self.seed, self.losses = state['seed'], state['losses']
+        self.seed, self.losses, self.number = state['seed'], state['losses'], state.get('run', 0)
         self.history = [tuple(row) for row in state['history']]
         self.numbers = state.get('numbers', [{} for _ in self.history])
         self.marks = state.get('marks', [])
@@ -1668,6 +4422,7 @@ class Run:
             'train_acc': float(train_acc),
             'data': data_name(),
             'seed': self.seed,
+            'run': self.number,
             'epochs': int(epoch) - 1,
             'batch': self.batch if self.in_epoch else 0,
             'batches': self.batches,
@@ -1689,6 +4444,14 @@ class Run:
         """Note that the data and the network are ready, if it is not noted yet."""
         if self.began is None and self.busy:
             self.began = self.epoch_began = self.last_step = time.monotonic()
+            self.note_place()
+
+    def note_place(self) -> None:
+        """Let the talking process see where the run is."""
+        going = Phase.TRAINING if self.in_epoch else Phase.BETWEEN if self.began else Phase.PREPARING
+        phase = going if running else Phase.ENDING if self.busy else Phase.WAITING
+        times = self.epoch_from, self.epoch_began, self.last_step
+        place.write(phase, self.epochs, self.length(), self.batch, self.batches, *times)
 
     def trains_with(self, loader: Any) -> bool:
         """Return whether the run trains with `loader`: the first one, or what came when that was gone."""
@@ -1717,12 +4480,14 @@ class Run:
         self.passes += 1
         self.in_epoch, self.batches, self.epoch_from = True, batches or self.batches, self.batch
         self.epoch_began = self.last_step = time.monotonic()
+        self.note_place()
         return self.epochs + 1, self.batch
 
     def count_batch(self) -> None:
         """Note that a batch is done."""
         self.batch += 1
         self.last_step = time.monotonic()
+        self.note_place()
 
     def is_cut_short(self) -> bool:
         """Return whether 停止 came in the middle of a pass over the training data."""
@@ -1730,7 +4495,7 @@ class Run:
 
     def finish_epoch(
         self, epoch: int, loss: float, train_acc: float, test_acc: float, numbers: dict
-    ) -> Report:
+    ) -> Letter:
         """Note that an epoch is done, and what came of it; return the report."""
         self.check_loaded()
         self.start_clock()
@@ -1742,23 +4507,23 @@ class Run:
         self.epochs, self.batch = epoch, 0
         self.epoch_began = self.last_step = now
         more = ''.join(f'{name} {value:.4g}\n' for name, value in numbers.items())
-        text = Report(
+        self.note_place()
+        text = (
             f'{data_note()}第 {epoch}/{self.length()} 轮\n损失 {loss:.4g}\n训练精度 {train_acc:.3f}\n'
             f'测试精度 {test_acc:.3f}\n{more}'
             f'用时 {duration(seconds)}{self.time_left()}'
         )
-        text.test_acc = test_acc
-        return text
+        return Letter(text, 'report', test_acc)
 
     def is_due(self) -> bool:
         """Return whether 报告 asks for the epoch that has just ended; with 报告 0, for a new best one."""
-        every = options.report_every
+        every = settings.report_every
         return self.epochs % every == 0 if every else self.best() is self.history[-1]
 
     def has_no_patience_left(self) -> bool:
         """Return whether 早停 ends the run: so many epochs have passed without a better one."""
         since = self.epochs - max(self.best()[0], self.resumed['epochs'] if self.resumed else 0)
-        return running and 0 < options.patience <= since and self.epochs < self.length()
+        return running and 0 < settings.patience <= since and self.epochs < self.length()
 
     # -- how far it has come
 
@@ -1789,8 +4554,7 @@ class Run:
 
     def place(self, batch: int, to: str = '到') -> str:
         """Return a place in the current epoch, in words."""
-        batches = f'/{self.batches}' if self.batches else ''
-        return f'第 {self.epochs + 1} 轮{to}第 {batch}{batches} 批'
+        return place_in_words(self.epochs, batch, self.batches, to)
 
     def best(self) -> Optional[tuple]:
         """Return the row of the epoch with the best test accuracy, the first of them; None without epochs."""
@@ -1802,12 +4566,14 @@ class Run:
 
     # -- what can be said about it
 
-    def tell(self, letter: Any) -> None:
-        """Send what mail.put() takes to the one who started the run and to every supervisor."""
-        if not team.talks:
-            return
-        for person in people.audience(self.person):
-            mail.put(person, letter)
+    def tell(self, *letters: Any, **facts: Any) -> None:
+        """Send texts and Letters to the one who started the run and to every supervisor.
+
+        `facts` are what is to be remembered of the run.
+        """
+        if team.leads and self.person is not None:
+            letters = [letter if isinstance(letter, Letter) else Letter(letter) for letter in letters]
+            itchat.instance.tell(letters, facts)
 
     def status(self) -> str:
         """Return where things stand, but for what follows for the machine."""
@@ -1841,19 +4607,6 @@ class Run:
             return 'NaN' if isinstance(self.error, FloatingPointError) else '出错'
         return '停止' if self.stopped else '早停' if self.early else '完成'
 
-    def told_silence(self) -> str:
-        """Return what to say when no batch was done for long, or one at last; '' when there is nothing."""
-        silence = time.monotonic() - self.last_step
-        usual = (self.last_step - self.epoch_began) / max(self.batch - self.epoch_from, 1)
-        if self.silent and silence < 10 * usual + 1:
-            self.silent = False
-            return f'又接着算了：{self.how_far()}'
-        if not self.silent and running and self.in_epoch and silence > max(options.silence, 10 * usual):
-            self.silent = True
-            place = self.place(self.batch + 1, '')
-            return f'已经 {duration(silence)}没有算完一批，停在{place}（主机 {socket.gethostname()}）'
-        return ''
-
     def closing_report(self) -> str:
         """Return how the run ended."""
         error, lines = self.error, ['训练已停止' if self.stopped else '训练完成', self.how_far()]
@@ -1872,7 +4625,7 @@ class Run:
             lines.append(self.best_line())
         kept = self.checkpoint and os.path.exists(self.checkpoint)
         if kept and (error is not None or self.epochs_done() < self.training_iters):
-            lines.append(f'检查点在 {self.checkpoint}，发“继续”接着训练')
+            lines.append(f'检查点在 {shown(self.checkpoint)}，发“继续”接着训练')
         return data_note() + '\n'.join([*lines, '用时 ' + duration(self.elapsed())])
 
     def drawn(self) -> dict:
@@ -1883,13 +4636,13 @@ class Run:
     def curve(self) -> Callable:
         """Return a function that draws the curves so far and returns the path of the picture.
 
-        The mail's thread calls it, without the lock: drawing takes a second.
+        The drawing thread calls it, without the lock: drawing takes a second.
         """
         draw = functools.partial(draw_curve, **self.drawn())
 
         def picture():
             path = self.write('curve.png', '曲线图', draw)
-            return pathlib.Path(path) if path else '曲线图没有画成。'
+            return Letter(path, 'picture') if path else Letter('曲线图没有画成。')
 
         return picture
 
@@ -1898,14 +4651,9 @@ class Run:
     def make_folder(self) -> str:
         """Return the folder of the run, made now if there is none."""
         with lock:
-            name = os.path.join(RUNS, time.strftime('%Y%m%d-%H%M%S'))
-            others = (f'{name}-{i}' for i in itertools.count(2))  # for runs of the same second
-            while self.folder is None:
-                os.makedirs(RUNS, exist_ok=True)
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(name, 0o755)  # nobody else may put a checkpoint there: see open_private()
-                    self.folder = name
-                name = next(others)
+            if self.folder is None:
+                self.folder = make_run_folder()
+                self.tell(folder=self.folder)
             os.makedirs(self.folder, mode=0o755, exist_ok=True)  # somebody may have removed it
             return self.folder
 
@@ -1913,9 +4661,9 @@ class Run:
         """Let write(path) write the file `name`, whole or not at all; return its path.
 
         When the disk would not have it, tell that `what` was not written, once until it works again, and
-        return None. One of the --workers that does not talk writes nothing.
+        return None. One of the --workers that does not lead writes nothing.
         """
-        if not team.talks:
+        if not team.leads:
             return None
         try:
             path = os.path.join(self.make_folder(), name)
@@ -1934,11 +4682,6 @@ class Run:
 def calls(function: Optional[Callable], name: str) -> bool:
     """Return whether the code of `function` itself names `name`, as `utils.name` or as a global."""
     return name in getattr(getattr(function, '__code__', None), 'co_names', ())
-
-
-def values_text(lr: float, ti: int, bs: int) -> str:
-    """Return the three values in words."""
-    return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}'
 
 
 def values_now() -> str:
@@ -1974,30 +4717,6 @@ def error_lines(error: BaseException) -> list:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f'{type(error).__name__}: {first_line(error)}']
     return lines + [f'{os.path.basename(p.filename)} 第 {p.lineno} 行：{p.line}' for p in frames[-1:]]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an exception says; MXNet puts a traceback of its own before it."""
-    try:
-        lines = str(error).strip().split('\n')
-    except Exception:  # of its own __str__
-        return '没有说明'
-    return (lines[-1 if lines[0].startswith('Traceback') else 0] or '没有说明')[:200]
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words, to the precision that a person needs.
-
-    >>> duration(7.25), duration(80), duration(7500)
-    ('7.2 秒', '1 分 20 秒', '2 小时 5 分')
-    """
-    if seconds < 10:
-        return f'{seconds:.1f} 秒'
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f'{hours} 小时 {minutes} 分'
-    return f'{minutes} 分 {seconds} 秒' if minutes else f'{seconds} 秒'
 
 
 def draw_marks(marks: Iterable, above: Any, *others: Any) -> None:
@@ -2082,8 +4801,6 @@ def draw_mistakes(mistakes: list, path: str) -> None:
 # runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy), best.params,
 # log.csv and curve.png. Each is written under another name and then put in its place, so that there is
 # always a whole one; last.zip carries the checksums of what it holds.
-RUNS = 'runs'
-NEW = '.new'  # behind the name of what is being written
 
 
 def write_log(path: str, rows: list, numbers: list) -> None:
@@ -2155,8 +4872,13 @@ def write_zip(path: str, content: dict) -> None:
 
 def run_folders() -> list:
     """Return the folders of the runs with something in them to tell, the last one first."""
-    paths = [*glob.glob(os.path.join(RUNS, '*', 'last.zip')), *glob.glob(os.path.join(RUNS, '*', 'log.csv'))]
+    paths = [*in_runs('last.zip'), *in_runs('log.csv')]
     return sorted({os.path.dirname(path) for path in paths}, reverse=True)
+
+
+def in_runs(name: str) -> list:
+    """Return the paths of the files called so in the folders of the runs."""
+    return glob.glob(os.path.join(glob.escape(RUNS), '*', name))
 
 
 def read_run(folder: str) -> Run:
@@ -2199,7 +4921,7 @@ def last_checkpoint() -> tuple:
 
     One that is damaged is set aside under another name, one that others could have written is passed over.
     """
-    paths = [path for path in glob.glob(os.path.join(RUNS, '*', 'last.zip')) if os.path.isfile(path)]
+    paths = [path for path in in_runs('last.zip') if os.path.isfile(path)]
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
             state = read_checkpoint(path)
@@ -2224,422 +4946,256 @@ def resume_offer() -> str:
     return f'有没训练完的：{found.how_far()}，发“继续”接着训练'
 
 
-def open_private(path: Any) -> Any:
-    """Open a file to read bytes that are executed when they are unpickled.
-
-    Raises PermissionError, with the way out, unless the file belongs to the user and nobody else can write it
-    or exchange it in its folder. The bytes of one that another process has handed over are taken as they are.
-    """
-    if isinstance(path, bytes):
-        return io.BytesIO(path)
-    f = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
-    folder = os.path.dirname(os.path.abspath(path))
-    if not is_own(os.fstat(f.fileno())) or not (
-        is_own(os.stat(folder)) or os.stat(folder).st_mode & stat.S_ISVTX
-    ):
-        f.close()
-        raise PermissionError(
-            0,
-            f'别人能改写这个文件或它的文件夹，里面可能是别人放的东西；是自己的就 chmod go-w {path} {folder}',
-        )
-    return f
-
-
 def read_private(path: str) -> bytes:
     """Return the bytes of such a file."""
     with open_private(path) as f:
         return f.read()
 
 
-def is_own(status: os.stat_result) -> bool:
-    """Return whether a file or folder is the user's (a folder may be root's) and nobody else may write it.
-
-    A group that has nobody else in it is no danger: on many systems everybody has one.
-    """
-    if status.st_uid != os.getuid() and not (status.st_uid == 0 and stat.S_ISDIR(status.st_mode)):
-        return False
-    shared = bool(status.st_mode & stat.S_IWOTH)
-    if status.st_mode & stat.S_IWGRP:
-        try:
-            shared |= status.st_gid != os.getgid() or bool(grp.getgrgid(status.st_gid).gr_mem)
-        except KeyError:
-            shared = True
-    return not shared
-
-
 def remove_leftovers() -> None:
     """Remove what a program that was killed has left half written."""
-    for path in glob.glob(os.path.join(RUNS, '*', '*' + NEW)):
+    for path in in_runs('*' + NEW):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
-# ------------------------------------------------------------------------------ who may command
+# --------------------------------------------------------------------------------------- the commands
 
 
-class Person:
-    """Somebody who writes to the account.
+class Caller(NamedTuple):
+    """Who gave a command: the key under which the talking process knows the person, and the name."""
 
-    Within a login it is `user_name`, WeChat's, that says who it is; `name`, what WeChat shows, serves for
-    reading and for finding the person again at the next login. Changed by People alone.
-    """
-
-    def __init__(self, name: str, user_name: Optional[str]):
-        self.name, self.user_name = name, user_name
-
-
-OWNER = Person('filehelper', 'filehelper')  # the account's own notes to 文件传输助手
-
-
-class People:
-    """Who writes to the account, and who of them may command.
-
-    The main thread brings the messages and the logins, the others ask for audience() and addresses; `guard`
-    guards what it knows.
-    """
-
-    def __init__(self):
-        self.guard = threading.Lock()
-        self.known = {'filehelper': OWNER}  # UserName -> Person, of this login
-        self.supervisors = []
-        self.named = {}  # what the command line calls them -> Person
-        self.refused = set()  # those who were told that they may not command
-
-    def writer(self, msg: dict) -> Optional[Person]:
-        """Return the friend, or the owner, who wrote a message; None for anybody else's."""
-        user_name = msg['User'].get('UserName')
-        if user_name == 'filehelper':  # the owner's note to oneself: its FromUserName is the owner's own
-            return OWNER if msg['ToUserName'] == 'filehelper' else None
-        # Unequal: the owner writes to a friend. No NickName: not in the contacts, or WeChat itself.
-        if user_name != msg['FromUserName'] or 'NickName' not in msg['User']:
-            return None
-        with self.guard:
-            return self.meet(msg['User'])
-
-    def meet(self, friend: dict) -> Person:
-        """Return the Person that an entry of the contacts stands for. Needs the guard."""
-        name = friend.get('RemarkName') or friend.get('NickName') or '（没有名字）'
-        person = self.known.setdefault(friend['UserName'], Person(name, friend['UserName']))
-        person.name = name
-        return person
-
-    def permit(self, person: Person, old: bool = False) -> bool:
-        """Return whether `person` may command; one who may not is told so, once.
-
-        The first who commands may from then on, if nobody was named; an `old` command makes nobody the first.
-        """
-        with self.guard:
-            first = person is not OWNER and not self.supervisors and not options.supervisor
-            if first and not old:
-                self.supervisors.append(person)
-            permitted = first or person is OWNER or person in self.supervisors
-            to_refuse = not permitted and person not in self.refused
-            if to_refuse:
-                self.refused.add(person)
-        if first and not old:
-            mail.put(person, '程序结束前，只有你（和机主）能下命令。')
-        if to_refuse:
-            mail.put(person, '抱歉，这里的训练由别人监督，你的命令没有执行。')
-        return permitted
-
-    def rename(self, friends: list) -> None:
-        """Note the names of entries of the contacts that have changed."""
-        with self.guard:
-            for friend in friends:
-                if friend['UserName'] in self.known:
-                    self.meet(friend)
-
-    def audience(self, person: Optional[Person]) -> set:
-        """Return who gets the reports of a run that `person` has started."""
-        with self.guard:
-            return {person, *self.supervisors} - {None}
-
-    def address(self, person: Person) -> Optional[str]:
-        """Return the UserName that reaches `person` in this login, or None."""
-        with self.guard:
-            return person.user_name
-
-    def kept(self, letters: list) -> list:
-        """Return as JSON whom to know after the program has begun again, with the texts for each."""
-        with self.guard:
-            refused = list(self.refused)[:100]  # no system takes many more
-            persons = [*self.supervisors, *self.named.values(), *refused, *(p for p, _ in letters)]
-            return [
-                {
-                    'name': person.name,
-                    'user_name': person.user_name,
-                    'supervises': person in self.supervisors,
-                    'refused': person in self.refused,
-                    'named': [name for name, named in self.named.items() if named is person],
-                    'texts': [text for to, text in letters if to is person],
-                }
-                for person in dict.fromkeys(persons)
-            ]
-
-    def take_up(self, rows: list) -> list:
-        """Know again whom kept() has returned; return each with the texts."""
-        taken = []
-        with self.guard:
-            for row in rows:
-                person = self.known.get(row['user_name']) or Person(row['name'], row['user_name'])
-                if person.user_name:
-                    self.known[person.user_name] = person
-                self.supervisors += [person] * row['supervises']
-                self.refused |= {person} if row['refused'] else set()
-                self.named.update(dict.fromkeys(row['named'], person))
-                taken.append((person, row['texts']))
-        return taken
-
-    def find_again(self) -> None:
-        """After a login with new UserNames: find all who are known, and the supervisors, again."""
-        friends = itchat.instance.get_friends()[1:]  # the first is the account itself
-        current = {friend['UserName'] for friend in friends}
-        with self.guard:
-            persons = [*self.supervisors, *self.known.values(), *self.refused]
-            self.known = {'filehelper': OWNER}
-            for person in dict.fromkeys(persons):
-                if person.user_name in current:  # the program was started again, the login is the same
-                    self.known[person.user_name] = person
-                elif person is not OWNER:
-                    person.user_name = None
-                    self.find(friends, person.name, person)
-            for name in options.supervisor:
-                if name not in self.named:  # once: from then on it is the person, whatever others are called
-                    person = self.find(friends, name)
-                    if person:
-                        self.named[name] = person
-                        self.supervisors.append(person)
-
-    def find(self, friends: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
-        """Return the one friend called `name`, as `person` if given, or say why not. Needs the guard.
-
-        The owner's remarks count before the nicknames, which their bearers choose.
-        """
-        shown = [f for f in friends if f.get('RemarkName') == name]
-        shown = shown or [f for f in friends if f.get('NickName') == name]
-        if len(shown) == 1:
-            if person is not None and shown[0]['UserName'] not in self.known:
-                person.user_name = shown[0]['UserName']
-                self.known[person.user_name] = person
-            return self.meet(shown[0])
-        why = f'有 {len(shown)} 个好友叫这个名字，请用备注名区分' if shown else '好友里没有这个人'
-        if person is None or person in self.supervisors:
-            say(f'监督人“{visible(name)}”：{why}')
-        return None
-
-
-# ------------------------------------------------------------------ what a person in the chat can say
-
-NAMES = {'lr': 'learning_rate', 'ti': 'training_iters', 'bs': 'batch_size'}
-LIMITS = {  # type, smallest, largest, what to write in Chinese
-    'learning_rate': (float, 1e-9, 100, '学习率要大于 0、不超过 100，例如 lr 0.1'),
-    'training_iters': (int, 1, 100000, '轮数要是 1 到 100000 的整数，例如 ti 5'),
-    'batch_size': (int, 1, 10000, '批量要是 1 到 10000 的整数，例如 bs 128'),
-}
-
-
-def parse(text: str) -> Any:
-    """Return the command in a chat text: a word of COMMANDS, or it and its number, or a list of (name, value)
-    to set, both strings; None when it is no command.
-
-    >>> parse('LR＝０.１，ti 5')
-    [('learning_rate', '0.1'), ('training_iters', '5')]
-    """
-    if len(text) > 200:
-        return None
-    text = unicodedata.normalize('NFKC', text).lower()  # NFKC: full-width to ASCII
-    text = text.replace('\ufeff', '').strip().rstrip('。.!')
-    counted = re.fullmatch(r'(\D+?)[\s=:]*(\d{1,6})', text)
-    for word, command in COMMANDS.items():
-        if command.number and counted and counted[1] in (word, command.chinese):
-            return word, int(counted[2])
-        if (not command.number or command.optional) and text in (word, command.chinese):
-            return word
-    text = re.sub(r'\b(lr|learning_rate)[\s=:]*([x*/×÷])\s*', r'\1 \2', text).translate(
-        str.maketrans('×÷', 'x/')
-    )
-    parts = re.split(r'[\s=:,;、]+', text)
-    names = [NAMES.get(name, name) for name in parts[::2]]
-    values = parts[1::2]
-    if len(names) == len(values) and set(names) <= set(LIMITS) and all(v.isascii() and v for v in values):
-        return list(zip(names, values))
-    return None
-
-
-def read_value(name: str, text: str, now: float = 0) -> Any:
-    """Return the number that `text` writes for the parameter `name`; ValueError says what is allowed.
-
-    A learning rate may be relative to the one `now`: x0.5, *0.5, /2.
-    """
-    kind, smallest, largest, allowed = LIMITS[name]
-    number = r'[+-]?\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
-    sign, rest = (text[:1], text[1:]) if kind is float and text[:1] in ('x', '*', '/') else ('', text)
-    if re.fullmatch(number, rest):
-        value = kind(rest)
-        if sign:
-            value = float(f'{now / (value or math.inf) if sign == "/" else now * value:.6g}')
-        if smallest <= value <= largest:
-            return value
-    raise ValueError(f'{text[:20]} 不行：{allowed}')
+    key: Optional[int]
+    name: str
 
 
 class Asked(NamedTuple):
-    """What a command's function is called with, by the main thread, which holds the lock."""
+    """What a command's method is called with, by the listening thread, which holds the lock."""
 
-    person: Person
-    nn_train: Callable
+    person: Caller
     number: int = 0  # behind the word
+    path: str = ''  # the checkpoint to go on from
 
 
-def start(asked: Asked) -> str:
-    """Start the training thread from the beginning."""
-    global run
-    refusal = is_busy() or objection_to(asked.nn_train)
-    if refusal:
-        return refusal
-    run = Run(asked.person, asked.nn_train)
-    waiting = missing_processes()
-    note = waiting and '\n' + waiting
-    return f'{data_note()}开始训练{start_thread(asked.nn_train)}\n设备 {device()}{note}\n{run.values()}'
+class Settings:
+    """What was said that counts for all runs, besides the three values. Guarded by `lock`."""
+
+    def __init__(self):
+        self.chosen = set()  # which of the three values a person has set: 继续 takes the others from it
+        self.touched = set()  # which of them are no longer the script's: set, or taken from a checkpoint
+        self.report_every, self.patience = 1, 0
+
+    def kept(self) -> dict:
+        """Return what is to be remembered."""
+        values = {name: globals()[name] for name in LIMITS if name in self.touched}
+        own = {'chosen': sorted(self.chosen), 'report_every': self.report_every, 'patience': self.patience}
+        return {'values': values, **own}
+
+    def take_up(self, kept: dict) -> None:
+        """Go by what was remembered."""
+        values = kept.pop('values', {})
+        globals().update(values)
+        self.touched.update(values)
+        vars(self).update(kept, chosen=set(kept.pop('chosen', ())))
 
 
-def resume(asked: Asked) -> str:
-    """Start the training thread from the last checkpoint."""
-    global run, learning_rate, training_iters, batch_size
-    refusal = is_busy() or objection_to(asked.nn_train)
-    if refusal:
-        return refusal
-    path, state = last_checkpoint()
-    if path is None:
-        return '没有可以继续的训练，发“开始”从头训练。'
-    mine = learning_rate, training_iters, batch_size
-    lr, ti, bs = (
-        value if name in chosen else kept for name, value, kept in zip(LIMITS, mine, state['params'])
-    )
-    if state['epochs'] >= ti:
-        more = state['epochs'] + 3
-        return f'上次的 {state["epochs"]} 轮都训练完了。要再训练，先发 ti {more}，再发“继续”。'
-    waiting = missing_processes()
-    note = waiting and '\n' + waiting
-    if state['batch'] and bs != state['params'][2]:  # another batch size does not fit the epoch begun
-        note += f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
-    learning_rate, training_iters, batch_size = lr, ti, bs
-    state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
-    run = Run(asked.person, asked.nn_train)
-    run.resume(path, state)
-    said = start_thread(asked.nn_train)
-    return f'{data_note()}继续训练{said}\n{run.how_far()}\n设备 {device()}\n{run.values()}{note}'
+class Commands:
+    """What each word of COMMANDS does: a method of its name, which returns the answer.
+
+    That is a text, a Letter, or a function for the drawing thread that returns one. The listening thread
+    calls them with an Asked and holds `lock`.
+    """
+
+    def __init__(self, nn_train: Callable):
+        self.nn_train = nn_train
+        self.runs_so_far = 0
+        self.news = {}  # what a command has done that is to be remembered of the run
+
+    def carry_out(self, command: Any, asked: Asked) -> Any:
+        """Carry out what parse() has found and return the answer."""
+        try:
+            if isinstance(command, str):
+                return getattr(self, command)(asked)
+            if isinstance(command[0], str):
+                word, number = command
+                return getattr(self, word)(asked._replace(number=number))
+            return self.set_values(command)
+        except Exception as error:  # the person would wait for an answer
+            print_traceback()
+            return f'程序出错：{type(error).__name__}: {first_line(error)}'
+
+    # -- runs
+
+    def start(self, asked: Asked) -> str:
+        """Train from the beginning."""
+        refusal = is_busy() or objection_to(self.nn_train)
+        if refusal:
+            return refusal
+        this_run = Run(asked.person, self.nn_train)
+        self.runs_so_far += 1
+        this_run.number = self.runs_so_far
+        self.begin(this_run)
+        waiting = missing_processes()
+        note = waiting and '\n' + waiting
+        return f'{data_note()}开始训练\n设备 {device()}{note}\n{run.values()}'
+
+    def resume(self, asked: Asked) -> str:
+        """Go on from the last checkpoint, or silently from the one that is asked for."""
+        global learning_rate, training_iters, batch_size
+        refusal = is_busy() or objection_to(self.nn_train)
+        if refusal:
+            return refusal
+        path, state = (asked.path, read_checkpoint(asked.path)) if asked.path else last_checkpoint()
+        if path is None:
+            return '没有可以继续的训练，发“开始”从头训练。'
+        mine = learning_rate, training_iters, batch_size
+        lr, ti, bs = (
+            value if name in settings.chosen else kept
+            for name, value, kept in zip(LIMITS, mine, state['params'])
+        )
+        if state['epochs'] >= ti:
+            more = state['epochs'] + 3
+            return f'上次的 {state["epochs"]} 轮都训练完了。要再训练，先发 ti {more}，再发“继续”。'
+        waiting = missing_processes()
+        note = waiting and '\n' + waiting
+        if state['batch'] and bs != state['params'][2]:  # another batch size does not fit the epoch begun
+            note += f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
+        learning_rate, training_iters, batch_size = lr, ti, bs
+        settings.touched.update(LIMITS)
+        state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
+        this_run = Run(asked.person, self.nn_train)
+        this_run.resume(path, state)
+        if asked.path:
+            this_run.marks.append((this_run.epochs_done(), 'restarted'))
+        if not this_run.number:  # of an earlier version
+            self.runs_so_far += 1
+            this_run.number = self.runs_so_far
+        self.begin(this_run)
+        text = f'{data_note()}继续训练\n{run.how_far()}\n设备 {device()}\n{run.values()}{note}'
+        return '' if asked.path else text
+
+    def begin(self, this_run: Run) -> None:
+        """Let the main thread train."""
+        global run, running
+        run = this_run
+        running = run.busy = True
+        run.note_place()
+        about = {'number': run.number, 'person': run.person.key, 'begun': time.time(), 'ending': None}
+        kept = {'folder': run.folder, 'checkpoint': run.checkpoint, 'kept': run.how_far()}
+        self.news = {**about, **kept, 'how_far': run.how_far(), 'stopping': False}
+        itchat.instance.jobs.put((self.nn_train, run))
+
+    def stop(self, asked: Optional[Asked] = None) -> str:
+        """Let the run end after the batch that it is at."""
+        global running
+        if running:
+            running = False
+            run.note_place()
+            self.news = {'stopping': True}
+            return '好，这一批算完就停。'
+        return '已经在停了，请等结束报告。' if run.busy else '现在没有训练，发“开始”就开始。'
+
+    def rollback(self, asked: Asked) -> str:
+        """Go back to the best epoch: the next 继续 goes on from there."""
+        if run.busy:
+            run.rolling_back = True
+            return f'{self.stop()}\n停下以后回到最好的一轮。'
+        path, _ = last_checkpoint()
+        return back_to_best(path and os.path.dirname(path))
+
+    # -- what can be asked for
+
+    def status(self, asked: Asked) -> Any:
+        """Say where things stand."""
+        text = run.status()
+        return text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
+
+    def plot(self, asked: Asked) -> Any:
+        """Draw the curves; with a number, those of that run in 记录's list."""
+        folders = run_folders()
+        if not asked.number:
+            return run.curve() if run.losses.points or run.history else '还没有可画的：训练开始后再发“曲线”。'
+        if asked.number > len(folders):
+            return f'记录里只有 {len(folders)} 次训练。'
+        folder = folders[asked.number - 1]
+
+        def picture():
+            found, path = read_run(folder), os.path.join(folder, 'curve.png')
+            write_whole(path, functools.partial(draw_curve, **found.drawn()))
+            return Letter(path, 'picture')
+
+        return picture
+
+    def mistakes(self, asked: Asked) -> Any:
+        """Draw the test examples that the network got wrong, the surest first."""
+        this_run, mistakes = run, run.mistakes
+        if not mistakes:
+            return '还没有错图：测试过一次以后才有。'
+        if mistakes[0][1].ndim != 3 or mistakes[0][1].shape[0] not in (1, 3):
+            return '这些数据不是图，画不出来。'
+
+        def picture():
+            path = this_run.write('mistakes.png', '错图', functools.partial(draw_mistakes, mistakes))
+            return Letter(path, 'picture') if path else Letter('错图没有画成。')
+
+        return picture
+
+    def runs(self, asked: Asked) -> Callable:
+        """List the last runs, so that they can be compared."""
+        return runs_text  # reading them takes a moment, which the lock must not
+
+    def params(self, asked: Asked) -> str:
+        """Say the three values."""
+        return values_now()
+
+    def help(self, asked: Asked) -> str:
+        """List the commands."""
+        return HELP
+
+    # -- settings
+
+    def report(self, asked: Asked) -> str:
+        """Report every so many epochs; with 0, only a new best one, the end and trouble."""
+        settings.report_every = asked.number
+        if not asked.number:
+            return '好，只说更好的一轮、结束和麻烦。要每轮都说，发“报告 1”。'
+        return f'好，{"每轮都" if asked.number == 1 else f"每 {asked.number} 轮"}报告。'
+
+    quiet = report
+
+    def patience(self, asked: Asked) -> str:
+        """Let a run end by itself after so many epochs without a better test accuracy; with 0, not."""
+        settings.patience = asked.number
+        if not asked.number:
+            return '好，不早停了。'
+        return f'好，测试精度 {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
+
+    def set_values(self, pairs: list) -> str:
+        """Set each of [(name, text)] that is allowed; return the answer."""
+        answer = []
+        for name, text in pairs:
+            try:
+                old = learning_rate
+                globals()[name] = read_value(name, text, old)
+                settings.chosen.add(name)
+                settings.touched.add(name)
+                if text[0] in 'x*/':
+                    answer.append(f'lr：{old:g} → {learning_rate:g}')
+                if running:
+                    answer.append(f'{text_of(name)}：{apply_to_run(name)}')
+            except ValueError as error:
+                answer.append(str(error))
+        return '\n'.join([*answer, values_now()])
 
 
 def is_busy() -> str:
     """Return what to answer when no run can begin now, else ''. Needs the lock."""
-    if team.over.is_set():
-        return '程序正在重新启动，几秒以后再发一次。'
     if running:
         return f'已经在训练了：{run.how_far()}。\n发“停止”可以停下。'
     return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.busy else ''
 
 
-def start_thread(nn_train: Callable) -> str:
-    """Let the training thread begin with `run`; return what to add to the answer. Needs the lock."""
-    global running
-    running = run.busy = True
-    trainings.append(training_thread.submit(train, nn_train, run))
-    return f'（“{options.then}”已取消）' if countdown.cancel() else ''
-
-
-# One thread for all runs: MXNet keeps some 5 MB for every thread that ever trained.
-training_thread = concurrent.futures.ThreadPoolExecutor(1, 'training')
-trainings = collections.deque(maxlen=1)  # the Future of the last run
-
-
-def wait_for_training() -> None:
-    """Wait until the training thread has nothing to do."""
-    for training in list(trainings):
-        training.result()
-
-
-def train(nn_train: Callable, this_run: Run) -> None:
-    """Run nn_train to its end, in the training thread; whatever it raises, the next 开始 works."""
-    threads.begin()
-    mx.random.seed(this_run.seed)
-    if NUMPY_2:  # MXNet passes on numbers as they print; numpy's would print as np.int64(3)
-        np.set_printoptions(legacy='1.25')
-    try:
-        if team.begin(this_run):
-            if team.size > 1:
-                compare('训练函数或 utils.py ', [source_of(nn_train), source_of(sys.modules[__name__])])
-            nn_train(this_run.person.name, (*this_run.now()[1:], this_run.batch_size))
-    except BaseException as error:  # sys.exit(), too
-        with lock:
-            this_run.error = error
-        if team.talks or not isinstance(error, NotFinite):  # which is the same in all
-            print_traceback()
-    finally:
-        lock_end(this_run.person.name)
-        note = back_to_best(this_run.folder) if this_run.rolling_back else ''
-        if this_run.folder:
-            this_run.write('end.json', '结尾', lambda path: write_json(path, {'ended': this_run.ending()}))
-        with lock:
-            close(this_run, note)
-        team.end_run(this_run)
-        gc.collect()  # a network refers to itself; its 60 MB would wait for days
-
-
-def close(this_run: Run, note: str) -> None:
-    """Tell how a run ended, with a note, and let the next one begin. Needs the lock."""
-    try:
-        this_run.tell(this_run.closing_report())
-        if len(this_run.history) > 1:
-            this_run.tell(this_run.curve())
-        if note:
-            this_run.tell(note)
-        if not this_run.stopped and this_run.error is None and options.then:
-            countdown.start(this_run)
-    finally:
-        this_run.busy = False
-
-
-def stop(asked: Optional[Asked] = None) -> str:
-    """Let the run end after the batch that it is at."""
-    global running
-    if running:
-        running = False
-        return '好，这一批算完就停。'
-    return '已经在停了，请等结束报告。' if run.busy else '现在没有训练，发“开始”就开始。'
-
-
-def status(asked: Asked) -> Any:
-    """Say where things stand."""
-    text = run.status()
-    return (
-        text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
-    )  # asked by the mail's thread
-
-
-def plot(asked: Asked) -> Any:
-    """Draw the curves; with a number, those of that run in 记录's list."""
-    folders = run_folders()
-    if not asked.number:
-        return run.curve() if run.losses.points or run.history else '还没有可画的：训练开始后再发“曲线”。'
-    if asked.number > len(folders):
-        return f'记录里只有 {len(folders)} 次训练。'
-    folder = folders[asked.number - 1]
-
-    def picture():
-        found, path = read_run(folder), os.path.join(folder, 'curve.png')
-        write_whole(path, functools.partial(draw_curve, **found.drawn()))
-        return pathlib.Path(path)
-
-    return picture
-
-
-def list_runs(asked: Asked) -> Callable:
-    """List the last runs, so that they can be compared."""
-    return runs_text  # reading them takes a moment, which the lock must not
-
-
-def runs_text() -> str:
+def runs_text() -> Letter:
     """Return a line for each of the last eight runs, the best one marked."""
     lines, accuracies = [], []
     for number, folder in enumerate(run_folders()[:8], 1):
@@ -2655,135 +5211,10 @@ def runs_text() -> str:
         lines.append(f'{number}. {when} {values}，{len(found.history)} 轮，{best:.3f}，{ended}')
         accuracies.append(best)
     if not lines:
-        return '还没有训练过。'
+        return Letter('还没有训练过。')
     lines[accuracies.index(max(accuracies))] += ' ★'
-    shown = min(2, len(lines))
-    return '\n'.join([*lines, f'“曲线 {shown}”画第 {shown} 次的。'])
-
-
-def roll_back(asked: Asked) -> str:
-    """Go back to the best epoch: the next 继续 goes on from there."""
-    if run.busy:
-        run.rolling_back = True
-        return f'{stop()}\n停下以后回到最好的一轮。'
-    path, _ = last_checkpoint()
-    return back_to_best(path and os.path.dirname(path))
-
-
-def show_mistakes(asked: Asked) -> Any:
-    """Draw the test examples that the network got wrong, the surest first."""
-    mistakes = run.mistakes
-    if not mistakes:
-        return '还没有错图：测试过一次以后才有。'
-    if mistakes[0][1].ndim != 3 or mistakes[0][1].shape[0] not in (1, 3):
-        return '这些数据不是图，画不出来。'
-    draw = functools.partial(draw_mistakes, mistakes)
-    return lambda this_run=run: pathlib.Path(this_run.write('mistakes.png', '错图', draw) or os.devnull)
-
-
-def show_params(asked: Asked) -> str:
-    """Say the three values."""
-    return values_now()
-
-
-def cancel(asked: Asked) -> str:
-    """Call the command of --then off."""
-    return '好，不执行了。' if countdown.cancel() else '没有要取消的。'
-
-
-def set_report(asked: Asked) -> str:
-    """Report every so many epochs; with 0, only a new best one, the end and trouble."""
-    options.report_every = asked.number
-    if not asked.number:
-        return '好，只说更好的一轮、结束和麻烦。要每轮都说，发“报告 1”。'
-    return f'好，{"每轮都" if asked.number == 1 else f"每 {asked.number} 轮"}报告。'
-
-
-def set_patience(asked: Asked) -> str:
-    """Let a run end by itself after so many epochs without a better test accuracy; with 0, not."""
-    options.patience = asked.number
-    if not asked.number:
-        return '好，不早停了。'
-    return f'好，测试精度 {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
-
-
-def show_help(asked: Asked) -> str:
-    """List the commands."""
-    return HELP
-
-
-class Command(NamedTuple):
-    """What a word in the chat does: its function, which returns what mail.put() takes, and its help."""
-
-    chinese: str
-    function: Callable
-    help: str
-    number: str = ''  # with a number behind the word; the help's example
-    optional: bool = False  # may the number be left out?
-
-    def help_line(self) -> str:
-        """Return what 帮助 says of it."""
-        return f'{self.chinese}{"" if self.optional else self.number}：{self.help}'
-
-
-COMMANDS = {
-    'start': Command('开始', start, '从头训练'),
-    'stop': Command('停止', stop, '算完这一批就停'),
-    'resume': Command('继续', resume, '接着上次的训练'),
-    'status': Command('状态', status, '现在到哪了'),
-    'plot': Command('曲线', plot, '损失和精度的图', ' 2', optional=True),
-    'mistakes': Command('错图', show_mistakes, '认错的测试图'),
-    'runs': Command('记录', list_runs, '最近几次训练，比一比'),
-    'rollback': Command('回退', roll_back, '回到最好的一轮'),
-    'params': Command('参数', show_params, '看 lr、ti、bs 三个值'),
-    'report': Command('报告', set_report, '几轮报告一次，0 只说要紧的', ' 5'),
-    'quiet': Command('安静', set_report, '就是报告 0'),
-    'patience': Command('早停', set_patience, '几轮没有更好就结束，0 不早停', ' 5'),
-    'cancel': Command('取消', cancel, '不执行训练后的命令'),
-    'help': Command('帮助', show_help, ''),
-}
-GROUPS = {  # of the help
-    '训练': ('start', 'stop', 'resume', 'rollback'),
-    '查看': ('status', 'plot', 'mistakes', 'runs', 'params'),
-    '打扰多少': ('report', 'quiet', 'patience', 'cancel'),
-}
-HELP = '\n'.join(
-    [
-        '\n'.join([f'【{group}】', *(COMMANDS[word].help_line() for word in words)])
-        for group, words in GROUPS.items()
-    ]
-    + ['【设值】', 'lr 0.1：学习率，也可以 lr x0.5、lr /2', 'ti 5：训练几轮', 'bs 128：每批几张']
-)
-
-chosen = set()  # which of the three values a person has set: 继续 takes the others from the checkpoint
-
-
-def set_values(pairs: list) -> str:
-    """Set each of [(name, text)] that is allowed; return the answer. Needs the lock."""
-    answer = []
-    for name, text in pairs:
-        try:
-            old = learning_rate
-            set_value(name, read_value(name, text, old))
-            chosen.add(name)
-            if text[0] in 'x*/':
-                answer.append(f'lr：{old:g} → {learning_rate:g}')
-            if running:
-                answer.append(f'{text_of(name)}：{apply_to_run(name)}')
-        except ValueError as error:
-            answer.append(str(error))
-    return '\n'.join([*answer, values_now()])
-
-
-def set_value(name: str, value: Any) -> None:
-    """Set one of the three values for the next run. Needs the lock."""
-    global learning_rate, training_iters, batch_size
-    if name == 'learning_rate':
-        learning_rate = value
-    elif name == 'training_iters':
-        training_iters = value
-    else:
-        batch_size = value
+    last = min(2, len(lines))
+    return Letter('\n'.join([*lines, f'“曲线 {last}”画第 {last} 次的。']))
 
 
 def apply_to_run(name: str) -> str:
@@ -2804,1488 +5235,377 @@ def text_of(name: str) -> str:
 
 
 def chat_supervisor(nn_train: Callable) -> None:
-    """Register the handler of friends' text messages; 开始 trains with nn_train(wechat_name, params).
+    """Register what friends' commands do: 开始 trains with nn_train(wechat_name, params).
 
     Any `nn_train` will do that calls lock_start, chat_inf and lock_end as a tutorial's loop does. `params`
     is (learning_rate, training_iters, batch_size). With --join there is no chat: this trains along and does
     not return.
     """
-    if not team.talks:
+    itchat.instance.commands = Commands(nn_train)
+    if not team.leads:
         try:
             team.follow(nn_train)
         except Exception:
             print_traceback()
             team.leave()
 
-    @itchat.msg_register(itchat.content.TEXT)
-    def chat_trigger(msg):
-        command = parse(msg['Text'])
-        person = people.writer(msg) if command else None
-        if person is None:
-            return
-        name = visible(person.name)
-        itchat.instance.log(f'{name}：{visible(msg["Text"].strip())}')
-        if people.permit(person, is_old(msg)):
-            with lock:  # the answer is queued before it is let go: no report of the run overtakes it
-                mail.put(person, answer(command, Asked(person, nn_train), msg))
-        else:
-            itchat.instance.log(f'{name} 不能下命令')
-        itchat.instance.keep_session()
 
-
-def answer(command: Any, asked: Asked, msg: dict) -> Any:
-    """Carry out a command that parse() found and return the answer. Needs the lock."""
+def train(nn_train: Callable, this_run: Run) -> None:
+    """Run nn_train to its end, in the main thread; whatever it raises, the next 开始 works."""
+    threads.begin()
+    mx.random.seed(this_run.seed)
+    if NUMPY_2:  # MXNet passes on numbers as they print; numpy's would print as np.int64(3)
+        np.set_printoptions(legacy='1.25')
     try:
-        if is_old(msg):
-            return f'“{msg["Text"].strip()[:20]}”太早了，是程序不在时写的，没有执行。还要就再发一次。'
-        if isinstance(command, list):
-            return set_values(command)
-        if isinstance(command, tuple):
-            word, number = command
-            return COMMANDS[word].function(asked._replace(number=number))
-        return COMMANDS[command].function(asked)
-    except Exception as error:  # itchat would swallow it, and the person wait for an answer
-        print_traceback()
-        return f'程序出错：{type(error).__name__}: {first_line(error)}'
-
-
-def is_old(msg: dict) -> bool:
-    """Return whether a command was written while the program was down, more than ten minutes ago."""
-    now = itchat.instance.server_time()
-    written = msg.get('CreateTime', now)
-    return written < now - (time.time() - started) and now - written > 600
-
-
-started = time.time()  # of the program
-
-
-class Countdown:
-    """The command of --then: announced, held back for a minute, run.
-
-    A thread for each announcement runs it; all threads start and cancel it, with `lock`, which guards it.
-    """
-
-    ANNOUNCING = 600  # seconds to wait for a session in which it can be announced
-
-    def __init__(self):
-        self.cancelled = None  # the Event that calls off what is to be run; None when nothing is
-        self.thread = None
-
-    def start(self, this_run: Run) -> None:
-        """Announce the command and let it run when nobody says 取消. Needs the lock."""
-        self.cancelled = threading.Event()
-        this_run.tell(f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。')
-        self.thread = threading.Thread(target=self.count, args=(self.cancelled, this_run), daemon=True)
-        self.thread.start()
-
-    def count(self, cancelled: threading.Event, this_run: Run) -> None:
-        """Wait until the announcement is sent (ten minutes at most), then for the delay; run the command."""
-        mail.wait(self.ANNOUNCING)
-        if cancelled.wait(options.then_delay):
-            return
+        if team.begin(this_run):
+            if team.size > 1:
+                compare('训练函数或 utils.py ', [source_of(nn_train), source_of(sys.modules[__name__])])
+            nn_train(this_run.person.name, (*this_run.now()[1:], this_run.batch_size))
+    except BaseException as error:  # sys.exit(), too
         with lock:
-            if cancelled.is_set():
-                return
-            self.cancelled = None
-        status = subprocess.run(options.then, shell=True).returncode
-        with lock:
-            this_run.tell(f'已执行：{options.then}\n退出状态 {status}')
-
-    def cancel(self) -> bool:
-        """Call the command off; return whether one was to run. Needs the lock."""
-        cancelled, self.cancelled = self.cancelled, None
-        if cancelled is not None:
-            cancelled.set()
-        return cancelled is not None
-
-    def wait(self) -> None:
-        """Wait until nothing is to be run."""
-        if self.thread is not None:
-            self.thread.join()
-
-
-# ---------------------------------------------------------------------------------- how words travel
-
-
-class Outbox:
-    """What is to be sent to one person, in order. Part of Mail, and guarded as it is."""
-
-    def __init__(self):
-        self.letters = collections.deque()
-        self.tries = 0  # failed so far, of the first letter
-        self.due = 0  # when to try again, by time.monotonic()
-        self.late = False  # has something had to wait? Then it is merged
-
-
-class Mail:
-    """The mail: an outbox for each person, emptied by one thread, for ever.
-
-    Every thread puts letters in, with `lock` or without. `changed` guards everything, and is told of every
-    change; while it is held nothing is sent, drawn or locked.
-    """
-
-    SCREENFUL, LONGEST = 4, 1800  # reports in a message; characters in one
-
-    def __init__(self):
-        self.changed = threading.Condition()
-        self.outboxes = {}  # Person -> Outbox
-        self.online = False  # is there a session to send in?
-        self.thread = threading.Thread(target=self.deliver, name='mail', daemon=True)
-
-    def put(self, person: Person, letter: Any) -> None:
-        """Queue a text, or a function that returns a text or the path of a picture; return at once."""
-        with self.changed:
-            self.outboxes.setdefault(person, Outbox()).letters.append(letter)
-            self.changed.notify_all()
-
-    def set_online(self, online: bool) -> None:
-        """Note that a session has begun or ended. What was refused in the old one is tried in the new one."""
-        with self.changed:
-            self.online = online
-            for outbox in self.outboxes.values():
-                outbox.due = 0
-                outbox.late |= not online and bool(outbox.letters)
-            self.changed.notify_all()
-
-    def wait(self, timeout: Optional[float] = None) -> bool:
-        """Wait until everything is sent; return False when it was not in `timeout` seconds."""
-        with self.changed:
-            return self.changed.wait_for(lambda: not any(o.letters for o in self.outboxes.values()), timeout)
-
-    def deliver(self) -> None:
-        """Send what is in the outboxes: the work of the mail's thread."""
-        while True:
-            person, outbox = self.next_outbox()
-            problem, count = self.send_from(person, outbox)
-            with self.changed:
-                if problem:
-                    outbox.tries, outbox.late = outbox.tries + 1, True
-                    outbox.due = time.monotonic() + min(options.retry * 2 ** (outbox.tries - 1), 60)
-                else:
-                    for _ in range(count):
-                        outbox.letters.popleft()
-                    outbox.tries, outbox.late = 0, outbox.late and bool(outbox.letters)
-                self.changed.notify_all()
-            if problem:
-                itchat.instance.log(f'还没有发给 {visible(person.name)}（{problem}），会再试。')
-
-    def next_outbox(self) -> tuple:
-        """Wait for an outbox from which something can be sent now; return its person and itself."""
-        with self.changed:
-            while True:
-                waiting = [
-                    (o.due, person) for person, o in self.outboxes.items() if o.letters and self.online
-                ]
-                due, person = min(waiting, key=lambda pair: pair[0], default=(None, None))
-                now = time.monotonic()
-                if person is not None and due <= now:
-                    self.outboxes[person].due = now  # those who wait longer come first
-                    return person, self.outboxes[person]
-                for outbox in self.outboxes.values():
-                    outbox.late |= bool(outbox.letters) and not self.online
-                self.changed.wait(None if person is None else due - now)
-
-    def send_from(self, person: Person, outbox: Outbox) -> tuple:
-        """Send the first letter, or the first ones as one; return why it did not go ('') and how many.
-
-        No exception of a letter ends the thread: after three tries the letter is put into the run's folder.
-        Of an exception only the type is told: what it says may hold the session's secrets.
-        """
-        try:
-            content, count = self.open(outbox)
-            problem = send(person, content)
-            if not problem:
-                itchat.instance.log(f'已发送给 {visible(person.name)}：{content}')
-            elif outbox.tries >= 2 and problem not in PASSING:
-                self.describe_picture(outbox)
-            return problem, count
-        except requests.RequestException as error:
-            return type(error).__name__, 0
-        except Exception as error:  # a bug of ours, of itchat's, or an answer that nobody has thought of
-            problem = type(error).__name__
-            if outbox.tries < 3 or self.describe_picture(outbox):
-                return problem, 0
-            with self.changed:
-                letter = outbox.letters[0]
-            write_undelivered([(person, letter)], problem)
-            return '', 1
-
-    def describe_picture(self, outbox: Outbox) -> bool:
-        """Put a text in the place of the first letter if that is a picture; return whether it was one."""
-        with self.changed:
-            letter = outbox.letters[0]
-            if isinstance(letter, pathlib.Path):
-                outbox.letters[0] = f'图片没有传上去，在 {letter}'
-            return isinstance(letter, pathlib.Path)
-
-    def open(self, outbox: Outbox) -> tuple:
-        """Return what is to be sent next from an outbox, a text or a path, and how many letters that is."""
-        with self.changed:
-            letter = outbox.letters[0]
-        if callable(letter):
-            try:
-                letter = letter()
-            except Exception as error:
-                print_traceback()
-                letter = f'图没有画成：{first_line(error)}'
-            with self.changed:
-                outbox.letters[0] = letter
-        with self.changed:
-            return self.merge(outbox.letters) if outbox.late and isinstance(letter, str) else (letter, 1)
-
-    def merge(self, letters: Iterable) -> tuple:
-        """Return one text for the texts at the head of `letters`, and how many they are.
-
-        When there are more reports than a screenful, the first, the best and the last are in it.
-        """
-        texts = list(itertools.takewhile(lambda letter: isinstance(letter, str), letters))
-        reports = [text for text in texts if isinstance(text, Report)]
-        kept = reports
-        if len(reports) > self.SCREENFUL:
-            kept = [reports[0], max(reports, key=lambda report: report.test_acc), reports[-1]]
-        merged, left_out, count = [], 0, 0
-        for text in texts:
-            if isinstance(text, Report) and not any(text is other for other in kept):
-                left_out += 1
-            else:
-                note = [f'（略去 {left_out} 份报告，都在 log.csv 里）'] if left_out else []
-                if merged and sum(map(len, [*merged, *note, text])) > self.LONGEST:
-                    break
-                merged, left_out = [*merged, *note, text], 0
-            count += 1
-        return '\n\n'.join(merged), count - left_out
-
-    def undelivered(self) -> list:
-        """Return (person, letter) for everything that is not sent."""
-        with self.changed:
-            return [(person, letter) for person, o in self.outboxes.items() for letter in o.letters]
-
-
-PASSING = [f'Ret {code}' for code in (-1, 1205, 1100, 1101, 1102)]  # not the message's own fault
-
-
-def send(person: Person, content: Any) -> str:
-    """Send a text or a picture through the client; return why it did not go, '' when it did."""
-    to = people.address(person)
-    if to is None:
-        return '好友里找不到这个人'
-    if isinstance(content, pathlib.Path):
-        answer = itchat.instance.send_image(str(content), to)
-    else:
-        answer = itchat.instance.send_msg(content.encode('utf-8', 'backslashreplace').decode(), to)
-    return '' if answer else f'Ret {answer["BaseResponse"].get("Ret")}'
-
-
-def write_undelivered(letters: list, why: str) -> None:
-    """Put what could not be delivered into the run's folder."""
-    for person, letter in letters:
-        if not callable(letter):
-            say(f'没有发给 {visible(person.name)}（{why}）：{letter}')
-            with contextlib.suppress(OSError):
-                path = os.path.join(run.make_folder(), 'undelivered.txt')
-                with open(path, 'a', encoding='utf-8', errors='backslashreplace') as f:
-                    f.write(f'{time.strftime("%F %T")} {person.name}（{why}）\n{letter}\n\n')
-
-
-# ------------------------------------------------------------------------------- what carries the words
-
-
-class Client(itchat.Core):
-    """What carries the words: the interface is itchat's. Here is what WeChat and the terminal have in common:
-    how the program begins and ends.
-
-    The main thread calls it. The mail's thread calls send_msg(), send_image() and log(), too; a thread that
-    has found a process dead calls begin_again().
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.exit_signal = None  # Ctrl-C, SIGTERM or SIGHUP, once it has come
-        self.interruptible = False  # is the main thread waiting for something that a signal may cut off?
-        self.folder_lock = None
-        self.process = os.getpid()
-        self.ends = threading.Event()  # set when the program ends as soon as the training does
-        self.restarting = False  # is the program to begin again, by itself?
-        self.is_idle = False  # may it do so now?
-
-    def begin(self) -> None:
-        """Begin the program, once; end it when another one is at work in this folder."""
-        if self.folder_lock is None:
-            make_streams_safe()
-            self.folder_lock = lock_folder()
-            remove_leftovers()
-            self.take_up()
-            if team.size > 1 and not options.logout:
-                team.start()
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, self.leave)
-                signal.signal(signal.SIGTERM, self.leave)
-                if team.size > 1:
-                    signal.signal(signal.SIGURG, self.look_up)  # which does nothing where nobody listens
-                if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-                    signal.signal(signal.SIGHUP, self.leave)
-            mail.thread.start()
-            threading.Thread(target=watch, name='watch', daemon=True).start()
-            warn_of_size()
-
-    def leave(self, number, frame) -> None:
-        """The first signal ends the program in order, the second at once."""
-        if os.getpid() != self.process:  # a worker of a DataLoader, say, which has inherited this
-            if number != signal.SIGINT:  # that goes to all of a terminal's; this batch is still to be done
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        if self.exit_signal is not None:
-            os._exit(128 + number)
-        self.exit_signal = number
-        if self.interruptible:
-            raise SystemExit(128 + number)
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator:
-        """Around what may take long: a signal cuts it off with SystemExit, also one that came before."""
-        outside, self.interruptible = self.interruptible, True
-        try:
-            if self.exit_signal is not None:
-                raise SystemExit(128 + self.exit_signal)
-            yield
-        finally:
-            self.interruptible = outside
-
-    @contextlib.contextmanager
-    def idle(self) -> Iterator:
-        """Around a wait with no message read and nothing half done: the program may begin again there."""
-        outside, self.is_idle = self.is_idle, True
-        try:
-            self.look_up()
-            yield
-        finally:
-            self.is_idle = outside
-
-    def end(self) -> None:
-        """End the program: stop the run if a signal says so, deliver the last words, exit.
-
-        The status is 0; 1 after a crash; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
-        """
-        self.ends.set()
-        with lock:
-            if self.exit_signal is not None:
-                countdown.cancel()
-                stop()
-        wait_for_training()
-        if self.exit_signal is not None:
-            mail.wait(5 if mail.online else 0)
-        else:
-            countdown.wait()
-            mail.wait()
-        write_undelivered(mail.undelivered(), '程序结束了')
-        team.end(self.exit_status())
-        sys.exit(self.exit_status())
-
-    def exit_status(self) -> int:
-        """Return the exit status: see end()."""
-        return int(run.error is not None) if self.exit_signal is None else 128 + self.exit_signal
-
-    def begin_again(self, what: str = '') -> None:
-        """Have the main thread begin the program anew, after telling what has happened; does not return.
-
-        Called by a thread that found a reason. Whoever was to be supervisor, what was set and what is not
-        sent yet counts afterwards, too.
-        """
-        countdown.wait()
-        with lock:
-            if team.over.is_set() or self.ends.is_set() and not what:  # it ends by itself, and says how
-                return
-            team.over.set()
-            if what:
-                what = self.what_follows(what)
-                run.tell(what)
-                if run.busy or self.ends.is_set():
-                    run.error = run.error or RuntimeError(what)
-        if what and not people.audience(run.person):
-            say(what)
-        mail.wait(10 * options.retry if mail.online else 0)
-        team.end()
-        self.restarting = True
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
-        self.ends.wait()
-        write_undelivered(mail.undelivered(), '程序结束了')
-        team.end(self.exit_status())
-
-    def what_follows(self, what: str) -> str:
-        """Return what is told after a death. Needs the lock."""
-        if self.ends.is_set():
-            return f'{what}，程序结束。'
-        what += (
-            '，这次训练到此为止' * run.busy
-            + '。程序自己重新启动，'
-            + ('要再' if self.needs_scan() else '不用')
-            + '扫码。'
-        )
-        kept = run.checkpoint and os.path.exists(run.checkpoint)
-        what += '\n别的机器上没有了的进程，要在那里再启动。' if options.host else ''
-        return what + (f'\n检查点在 {run.checkpoint}，发“继续”接着训练' if kept else '')
-
-    def look_up(self, *args) -> None:
-        """Begin the program anew if it is to be and may; SIGURG makes the main thread look."""
-        if self.restarting and self.is_idle and os.getpid() == self.process:
-            self.keep_session()
-            begin_again(what_is_kept())
-
-    def take_up(self) -> None:
-        """Go on with what_is_kept() of the program before."""
-        global learning_rate, training_iters, batch_size
-        kept = json.loads(os.environ.pop(AGAIN, '{}'))
-        if kept:
-            learning_rate, training_iters, batch_size = kept['values']
-            chosen.update(kept['chosen'])
-            options.report_every, options.patience = kept['options']
-            run.error = None if kept['error'] is None else RuntimeError(kept['error'])
-            for person, texts in people.take_up(kept['persons']):
-                for text in texts:
-                    mail.put(person, text)
-
-    def log(self, text: str) -> None:
-        """Print what goes through the chat."""
-        say(text)
-
-    def needs_scan(self) -> bool:
-        """Return whether the next start needs a scan."""
-        return False
-
-    def keep_session(self) -> None:
-        """Keep the session for the next start, with what has been read."""
-
-    def server_time(self) -> float:
-        """Return the time by the clock that the messages' CreateTime is of."""
-        return time.time()
-
-
-# How the program was started; a script is named so that it is found from another folder, too.
-SCRIPT = getattr(sys.modules['__main__'], '__file__', None)
-COMMAND = [
-    SCRIPT if SCRIPT and argument == sys.argv[0] else argument
-    for argument in getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]  # Python 3.10 has it
-]
-FOLDER = os.getcwd()
-AGAIN = 'WECHAT_TRAIN_AGAIN'  # the variable of the environment with what_is_kept()
-
-
-def what_is_kept() -> dict:
-    """Return what has been said to this program that counts after it has begun again, too."""
-    letters = [(person, as_text(letter)) for person, letter in mail.undelivered()]
-    sizes = itertools.accumulate(len(json.dumps(text)) + 2 for _, text in reversed(letters))
-    first = len(letters) - sum(size <= 65536 for size in sizes)  # no system takes much more
-    write_undelivered(letters[:first], '程序重新启动了')
-    letters = letters[first:]
-    with lock:
-        values = {'values': (learning_rate, training_iters, batch_size), 'chosen': sorted(chosen)}
-        values.update(options=(options.report_every, options.patience))
-        values.update(error=None if run.error is None else first_line(run.error))
-    return {**values, 'persons': people.kept(letters)}
-
-
-def as_text(letter: Any) -> str:
-    """Return what is sent in the place of a letter that cannot be kept."""
-    if callable(letter):
-        return '有一张图没有画：程序重新启动了，请再要一次。'
-    return letter if isinstance(letter, str) else f'图片没有传上去，在 {letter}'
-
-
-def begin_again(kept: Any = None) -> None:
-    """Begin this program anew in its process."""
-    if FOLLOWS_MACHINE:
-        os.environ.pop('OMP_NUM_THREADS', None)  # it is not the user's
-    sys.stdout.flush()
-    os.chdir(FOLDER)
-    os.execve(sys.executable, [sys.executable, *COMMAND], {**os.environ, AGAIN: json.dumps(kept)})
-
-
-def watch() -> None:
-    """Tell when a run stands still, and when it goes on: a thread of its own, which takes the lock."""
-    never = threading.Event()
-    while not never.wait(options.silence / 10):
-        with lock:
-            text = run.told_silence() if run.busy else ''
-            if text:
-                run.tell(text)
-
-
-def warn_of_size(limit: int = 10**9) -> None:
-    """Say so when the runs take more than a gigabyte; nothing is deleted by itself."""
-    files = glob.glob(os.path.join(RUNS, '**'), recursive=True)
-    size = sum(os.path.getsize(path) for path in files if os.path.isfile(path))
-    if size > limit:
-        say(f'{RUNS}/ 有 {size / 1e9:.1f} GB，不要的训练可以自己删掉。')
-
-
-def lock_folder() -> Any:
-    """Return the open file that says that a program is at work in this folder; end if it is another one.
-
-    The lock is the system's: it ends with the program, however that ends.
-    """
-    try:
-        f = open('.wechat_train.lock', 'a+', opener=functools.partial(os.open, mode=0o600))
-    except OSError as error:
-        say(f'这个文件夹不能写（{error.strerror}）：检查点、登录状态都存不下来。')
-        return True
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        f.seek(0)
-        sys.exit(f'这个文件夹里已经有一个程序在运行（进程 {f.read().strip()}）。请先停掉它，或换一个文件夹。')
-    except OSError:  # a file system without locks
-        return f
-    f.truncate(0)
-    f.write(str(os.getpid()))
-    f.flush()
-    return f
-
-
-class Follower(Client):
-    """One of the --workers that does not talk: chat_supervisor() lets it train along, and nothing else."""
-
-    def auto_login(self, *args, **kwargs) -> None:
-        """Do nothing."""
-
-    def send(self, *args, **kwargs) -> dict:
-        """Send nothing."""
-        return ReturnValue({'BaseResponse': {'Ret': 0}})
-
-    run = auto_login
-    send_msg = send_image = send_file = send_video = send
-
-
-class Terminal(Client):
-    """The terminal in WeChat's place: a line typed is the owner's message, an answer is printed."""
-
-    def auto_login(self, *args, **kwargs) -> None:
-        """Begin."""
-        self.begin()
-        mail.set_online(True)
-        say('在这里输入命令，“帮助”列出全部命令，Ctrl-D 结束。')
-        if resume_offer():
-            say(resume_offer())
-
-    def run(self, *args, **kwargs) -> None:
-        """Carry out what is typed, until the end of the input or a signal; end the program."""
-        with contextlib.suppress(SystemExit):
-            for line in self.read_lines():
-                if not sys.stdin.isatty():
-                    tqdm.write('> ' + line.rstrip())
-                self.receive(line)
-            self.ends.set()
-            if run.busy and sys.stdin.isatty():
-                say('训练完就结束；现在就要停，按 Ctrl-C。')
-            with self.waiting():
-                wait_for_training()
-                countdown.wait()
-        self.end()
-
-    def read_lines(self) -> Iterator:
-        """Yield what is typed.
-
-        Not by sys.stdin: a process that a DataLoader forks would wait for ever for the lock that it holds.
-        """
-        rest = b''
-        while self.exit_signal is None:
-            with self.waiting():
-                try:
-                    with self.idle():
-                        select.select([sys.stdin.fileno()], [], [])
-                    typed = os.read(sys.stdin.fileno(), 65536)
-                except (AttributeError, OSError, ValueError):  # closed, or not to be read: the end of it
-                    typed = b''
-            *lines, rest = (rest + (typed or b'\n' * bool(rest))).split(b'\n')
-            yield from (line.decode(sys.stdin.encoding or 'utf-8', 'replace') + '\n' for line in lines)
-            if not typed:
-                return
-
-    def receive(self, line: str) -> None:
-        """Carry out a command; its answer stands under it."""
-        owner = {'UserName': 'filehelper'}
-        msg = {'Type': itchat.content.TEXT, 'Text': line, 'User': owner}
-        handler = self.functionDict['FriendChat'].get(itchat.content.TEXT)
-        handler({**msg, 'FromUserName': 'filehelper', 'ToUserName': 'filehelper'})
-        mail.wait()
-
-    def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
-        """Print a text."""
-        tqdm.write(msg + '\n')
-        return ReturnValue({'BaseResponse': {'Ret': 0}})
-
-    def send_image(self, fileDir: Any = None, toUserName: Optional[str] = None, *args) -> dict:
-        """Print where a picture is."""
-        return self.send_msg(f'图片：{fileDir}', toUserName)
-
-    def log(self, text: str) -> None:
-        """Print nothing: the terminal has it already."""
-
-
-class SessionOver(Exception):
-    """The server says that the login is no longer good."""
-
-
-class Refused(Exception):
-    """The server does not let this account log in."""
-
-
-class Adapter(requests.adapters.HTTPAdapter):
-    """What itchat leaves out of a request: a time-out when it logs in, sends or uploads, a look at the
-    status, and what the client wants to change. Called by the main thread and by the mail's."""
-
-    def __init__(self, client):
-        super().__init__()
-        self.client = client
-
-    def send(self, request, timeout=None, **kwargs):
-        name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
-        self.client.change_request(name, request)
-        try:
-            response = super().send(request, timeout=timeout or itchat.config.TIMEOUT, **kwargs)
-        except requests.RequestException as error:
-            trace(request, type(error).__name__)
-            raise type(error)(f'no answer to {name}') from None  # its own text holds the session's secrets
-        trace(request, response)
-        if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
-            raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
-        self.client.change_answer(name, response)
-        return response
-
-
-HARMLESS = {  # names whose values a trace may show: numbers; in queries and headers, texts, too
-    *('appid', 'fun', 'lang', 'version', 'tip', 'loginicon', 'f', 'type', 'redirect', 'mmweb_appid'),
-    *(
-        'Ret',
-        'MsgType',
-        'Type',
-        'AddMsgCount',
-        'ModContactCount',
-        'Count',
-        'MediaType',
-        'UploadType',
-        'Scene',
-    ),
-    *('MemberCount', 'InviteStartCount', 'content-type', 'date', 'origin', 'referer', 'Code'),
-}
-
-
-def trace(request: Any, response: Any) -> None:
-    """Append a request and its answer, or why there is none, to --trace's file, with nothing private in it.
-
-    Only names, sizes and the values of HARMLESS are written. Called by the main thread and by the mail's.
-    """
-    if not options.trace:
-        return
-    url = urllib.parse.urlsplit(request.url)
-    lines = [f'{time.strftime("%F %T")} {request.method} {url.hostname}{url.path}']
-    query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-    lines += [
-        f'  query {black_out(query, texts=True)}',
-        f'  headers {black_out(dict(request.headers), texts=True)}',
-    ]
-    if request.body:
-        lines += [f'  body {black_out_body(request.body)}']
-    if isinstance(response, str):
-        lines += [f'  no answer: {response}']
-    else:
-        lines += [f'  answer {response.status_code} {black_out(dict(response.headers), texts=True)}']
-        lines += [f'  {black_out_body(response.content)}']
-    with contextlib.suppress(OSError):
-        private = functools.partial(os.open, mode=0o600)
-        with open(options.trace, 'a', encoding='utf-8', errors='backslashreplace', opener=private) as f:
-            f.write('\n'.join(lines) + '\n')
-
-
-def black_out(value: Any, name: str = '', texts: bool = False) -> Any:
-    """Return what a trace may show of a value: the names in it, and what they are the names of."""
-    if isinstance(value, dict):
-        return {str(key): black_out(inner, str(key), texts) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [black_out(inner) for inner in value[:3]] + ([f'... {len(value)} in all'] if value[3:] else [])
-    harmless = name in HARMLESS or name.lower() in HARMLESS
-    if value is None or isinstance(value, bool) or (harmless and (texts or isinstance(value, int))):
-        return value
-    return f'<{type(value).__name__} {len(str(value))}>'
-
-
-def black_out_body(body: Any) -> Any:
-    """Return what a trace may show of a body: JSON's names, XML's tags, the codes of a script."""
-    content = body if isinstance(body, bytes) else str(body).encode()
-    text = content.decode('utf-8', 'replace')
-    try:
-        return black_out(json.loads(content))
-    except ValueError:
-        if text.startswith('--'):  # a form
-            return 'form ' + ' '.join(re.findall(r'; name="(\w+)"', text))
-        if text.startswith('window.'):
-            return ' '.join(
-                re.findall(
-                    r'window\.[A-Za-z.]+(?:\s?=\s?\d{1,4}\b)?|\b\w+code:"\d{1,4}"|selector:"\d+"', text
-                )
-            )
-        tags = re.findall(r'<([A-Za-z]\w*|ret>\d{1,5})\b', text)
-        return f'<{len(content)} bytes{": " if tags else ""}{" ".join(tags[:30])}>'
-
-
-class ShortLog(logging.Handler):
-    """Prints the last line of what itchat logs, without what would show the session's secrets."""
-
-    def emit(self, record):
-        line = record.getMessage().strip().split('\n')[-1]
-        say('itchat：' + re.sub(r'://\S+|url: \S+', '…', line)[:200])
-
-
-class WeChat(Client):
-    """Web WeChat, through itchat, made to last for days.
-
-    The main thread logs in, receives and calls the handlers, all in auto_login() and run(); the mail's thread
-    calls send_msg() and send_image(). `echo` guards what tells the program's own words from the owner's.
-    """
-
-    session_file = 'itchat.pkl'
-    queries = {name: {'lang': 'zh_CN'} for name in ('webwxsendmsg', 'webwxsendmsgimg')}  # what is added
-    hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
-    refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
-    unreachable = '连不上微信（{}）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
-    domains = '.qq.com', '.wechat.com'  # where a login may lead
-    busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
-
-    def __init__(self):
-        super().__init__()
-        self.s.mount('https://', Adapter(self))
-        self.s.mount('http://', Adapter(self))
-        self.logins = 0  # sessions so far
-        self.sync_ret = 0  # how the last fetch was answered
-        self.refusals = self.empty = 0  # fetches in a row that were refused, that brought nothing
-        self.silent = 0  # looks in a row that were not answered although the fetch was
-        self.odd = 0  # looks in a row that were answered with a log-out
-        self.run_out = 0  # QR codes in a row that had run out when they were asked for
-        self.trouble = None  # what kept the server from answering get_msg()
-        self.early = []  # messages that came with the login
-        self.clock = 0  # by how many seconds the server's is ahead
-        self.seen = collections.deque(maxlen=1000)  # MsgIds: after a login the server may send them again
-        self.echo = threading.Condition()
-        self.sending = None  # the text that WeChat has been given and has not answered yet
-        # MsgIds of what was sent; the text where the answer got lost.
-        self.own = collections.deque(maxlen=1000)
-        self.callbacks = {}
-
-    # -- logging in
-
-    def auto_login(
-        self, hotReload: bool = False, statusStorageDir: Optional[str] = None, **callbacks
-    ) -> None:
-        """Log in; with hotReload, by the stored session (default: `session_file`) if it still counts.
-
-        Takes itchat's qrCallback, loginCallback and exitCallback. Ends the program with status 1 and one line
-        when it cannot be done.
-        """
-        self.begin()
-        itchat.set_logging(showOnCmd=False, loggingLevel=logging.WARNING)
-        logging.getLogger('itchat').addHandler(ShortLog())
-        self.useHotReload, self.hotReloadDir = hotReload, statusStorageDir or self.session_file
-        self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
-        if options.logout:
-            self.log_out_stored()
-        trouble = ''
-        with contextlib.suppress(SystemExit):  # of leave()
-            trouble = self.log_in()
-        if self.exit_signal is not None:
-            self.end()
-        if trouble:
-            sys.exit(trouble)
-
-    def log_in(self) -> str:
-        """Log in once; return why it did not work, '' when it did."""
-        self.alive = self.isLogging = False
-        try:
-            with self.waiting():
-                stored = self.useHotReload and bool(self.load_login_status(self.hotReloadDir))
-                if not stored:
-                    self.log_in_by_code()
-        except requests.RequestException as error:
-            if getattr(error.response, 'status_code', None) == 429:
-                return self.busy
-            return self.unreachable.format(urllib.parse.urlsplit(itchat.config.BASE_URL).hostname)
-        except (Refused, LookupError, AttributeError, TypeError, ValueError):
-            return self.refusal  # but for Refused, itchat has read what is no login
-        if not stored:
-            self.keep_session()
-        self.welcome(new_names=not stored or not self.logins)
-        return ''
-
-    def log_in_by_code(self) -> None:
-        """Log in with a QR code; or, where the phone still knows this login, by its confirmation alone."""
-        del self.memberList[:], self.mpList[:], self.chatroomList[:]  # of the login before
-        self.loginInfo.pop('url', None)
-        callbacks = {
-            'qrCallback': self.callbacks.get('qrCallback', self.show_qr),
-            'loginCallback': self.show_login,
-        }
-        try:
-            self.login(**callbacks)
-        except requests.exceptions.JSONDecodeError:  # the phone cannot be asked: a page instead of an answer
-            self.isLogging = False
-            self.s.cookies.clear()
-            self.login(**callbacks)
-
-    def welcome(self, new_names: bool) -> None:
-        """Begin the session: find the people, let the mail go out, say who has logged in."""
-        if new_names:
-            people.find_again()
-        mail.set_online(True)
-        say(f'已登录：{visible(self.storageClass.nickName)}。请{self.hint}。')
-        if not self.logins and resume_offer():
-            say(resume_offer())
-        self.logins += 1
-        self.call_back('loginCallback')
-
-    def call_back(self, name: str) -> None:
-        """Call a person's own function, if there is one."""
-        try:
-            self.callbacks.get(name, str)()
-        except Exception:
+            this_run.error = error
+        if team.leads or not isinstance(error, NotFinite):  # which is the same in all
             print_traceback()
+    finally:
+        lock_end(this_run.person.name)
+        close(this_run)
+        team.end_run(this_run)
+        gc.collect()  # a network refers to itself; its 60 MB would wait for days
 
-    def get_QRuuid(self) -> str:
-        """Get the uuid for a QR code; raise where itchat would ask again every second for ever."""
-        uuid = super().get_QRuuid()
-        if not uuid:
-            raise requests.RequestException('no uuid in the answer')
-        return uuid
 
-    def check_login(self, uuid: Optional[str] = None) -> str:
-        """Ask once if the code was scanned: '408' not yet, '201' scanned, '200' logged in, else run out."""
-        now = int(time.time())
-        query = {'loginicon': 'true', 'uuid': uuid or self.uuid, 'tip': 1, 'r': -now // 1579, '_': now}
-        with self.idle():
-            answer = self.ask(f'{itchat.config.BASE_URL}/cgi-bin/mmwebwx-bin/login', params=query).text
-        code = re.search(r'window.code=(\d+)', answer)
-        page = re.search(r'window.redirect_uri="(\S+)"', answer)
-        if code and code[1] == '200':
-            self.open_session(page[1])
-        if not code:
-            raise requests.RequestException('no answer to login')
-        self.run_out = 0 if code[1] in ('200', '201', '408') else self.run_out + 1
-        if self.run_out > 1:  # codes that are run out as soon as they are shown
-            self.pause(min(self.run_out - 1, 6))
-        return code[1]
-
-    def ask(self, url: str, **kwargs) -> Any:
-        """Get a page as a browser does."""
-        return self.s.get(url, headers={'User-Agent': itchat.config.USER_AGENT}, **kwargs)
-
-    def open_session(self, page: str) -> None:
-        """Fetch the login page, through three redirects at most, and take the session's tickets from it.
-
-        Raises Refused when there are none, or when a redirect leads away from WeChat.
-        """
-        for _ in range(4):
-            # No backslash, and no @ before the path: others read the host differently there.
-            host = re.fullmatch(r'https://([a-z0-9.-]+)(:443)?/[!-\[\]-~]*', page)
-            if not host or not ('.' + host[1]).endswith(self.domains):
-                raise Refused
-            answer = self.fetch_login_page(page)
-            found = dict(re.findall(r'<(\w+)>(?:<!\[CDATA\[)?([^<\]]*)(?:\]\]>)?</\1>', answer.text))
-            tickets = {
-                **self.s.cookies.get_dict(),
-                **{name: html.unescape(v) for name, v in found.items() if v},
-            }
-            if all(tickets.get(name) for name in ('skey', 'wxsid', 'wxuin', 'pass_ticket')):
-                return self.take_tickets(page, tickets)
-            onward = tickets.get('redirecturl') or answer.headers.get('Location')
-            if not onward:
-                raise Refused
-            page = urllib.parse.urljoin(page, onward)
-        raise Refused
-
-    def fetch_login_page(self, page: str) -> Any:
-        """Get the login page as the UOS client does, which gets tickets for more accounts than others."""
-        headers = {
-            'User-Agent': itchat.config.USER_AGENT,
-            'client-version': itchat.config.UOS_PATCH_CLIENT_VERSION,
-            'extspam': itchat.config.UOS_PATCH_EXTSPAM,
-            'referer': 'https://wx.qq.com/?&lang=zh_CN&target=t',
-        }
-        return self.s.get(page, headers=headers, allow_redirects=False)
-
-    def take_tickets(self, page: str, tickets: dict) -> None:
-        """Begin a session with the tickets of the login page at `page`."""
-        url = page.split('?')[0].rsplit('/', 1)[0]
-        names = {'Skey': 'skey', 'Sid': 'wxsid', 'Uin': 'wxuin'}
-        self.loginInfo.update(
-            {name: tickets[name] for name in (*names.values(), 'pass_ticket')},
-            BaseRequest={name: tickets[lower] for name, lower in names.items()},
-            deviceid='e' + repr(random.random())[2:17],
-            logintime=int(time.time() * 1e3),
-            url=url,
-            fileUrl=url.replace('://', '://file.'),
-            syncUrl=url.replace('://', '://webpush.'),
-        )
-
-    def show_qr(self, uuid: str, status: str, qrcode: bytes) -> None:
-        """Show the state of the login: itchat calls it with the QR code (a PNG) and at every poll."""
-        if status == '0':
-            drawing = io.StringIO()
-            segno.make('https://login.weixin.qq.com/l/' + uuid, error='l').terminal(drawing, compact=True)
-            # White on black whatever the terminal's colours are: phones do not read an inverted code.
-            row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
-            print('\n'.join(row % line for line in drawing.getvalue().splitlines()))
-            picture = itchat.config.DEFAULT_QR
-            try:
-                with open(picture, 'wb', opener=functools.partial(os.open, mode=0o600)) as f:
-                    f.write(qrcode)
-                instead = f'；终端里的码扫不了，就打开 {os.path.abspath(picture)}'
-            except OSError as error:  # a full disk
-                instead = f'（{picture} 没有写成：{error.strerror}）'
-            say(f'请用微信扫码{"重新" if self.logins else ""}登录{instead}')
-        elif status == '201' or (status == '408' and not qrcode):  # no code: after an earlier login
-            say('请在手机上确认登录。')
-        elif status not in ('200', '408'):
-            say('二维码过期了，换一个新的。')
-
-    def show_login(self) -> None:
-        """Check that somebody has logged in; without this, itchat would clear the terminal."""
-        if not self.storageClass.userName:
-            raise Refused
-        with contextlib.suppress(OSError):
-            os.remove(itchat.config.DEFAULT_QR)
-
-    def show_mobile_login(self) -> None:
-        """Tell the phone; nothing depends on it."""
-        with contextlib.suppress(requests.RequestException):
-            super().show_mobile_login()
-
-    def get_contact(self, update: bool = False) -> list:
-        """Fetch the friends. Raises RequestException when that fails: without them nobody could command."""
-        if not update:
-            return super().get_contact()
-        url, seq, pause = self.loginInfo['url'] + '/webwxgetcontact', 0, 1
-        while True:
-            try:
-                query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
-                answer = self.ask(url, params=query).json()
-                if answer['BaseResponse']['Ret'] != 0:
-                    raise requests.RequestException('refused')
-                self.note_contacts(answer['MemberList'])
-                seq = answer.get('Seq', 0)
-                if not seq:
-                    return []
-            except (requests.RequestException, LookupError, TypeError) as error:
-                if pause > 4:
-                    raise requests.RequestException('no contacts') from error
-                say('好友名单没有取到，再试。')
-                time.sleep(options.retry * pause)
-                pause *= 2
-
-    def note_contacts(self, contacts: list) -> None:
-        """Note new or changed entries of the contacts; groups are of no interest."""
-        for friend in contacts:
-            try:
-                if not friend['UserName'].startswith('@@'):
-                    names = {key: friend.get(key) or '' for key in ('NickName', 'RemarkName')}
-                    update_local_friends(self, [{'VerifyFlag': 0, **friend, **names}])
-                    people.rename([{**friend, **names}])
-            except Exception as error:  # of this entry
-                say(f'好友名单里有一项没有读成：{type(error).__name__}')
-
-    # -- the stored session
-
-    def needs_scan(self) -> bool:
-        return not (self.useHotReload and self.alive)
-
-    def keep_session(self) -> None:
-        if not self.needs_scan():
-            self.dump_login_status()
-
-    def dump_login_status(self, fileDir: Optional[str] = None) -> None:
-        """Write the session (who has it is logged in) whole or not at all, readable by the owner alone."""
-        path = fileDir or self.hotReloadDir
-        folder = path + NEW
+def close(this_run: Run) -> None:
+    """Tell how a run ended and let the next one begin. One that is to go on by itself has not ended."""
+    paused = itchat.instance.pausing and this_run.error is None
+    note = back_to_best(this_run.folder) if this_run.rolling_back else ''
+    if this_run.folder and not paused:
+        this_run.write('end.json', '结尾', lambda path: write_json(path, {'ended': this_run.ending()}))
+    with lock:
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of a program that was killed
-            os.mkdir(folder, 0o700)  # itchat's file in it is open to all until it is chmodded
-            new = os.path.join(folder, 'session')
-            super().dump_login_status(new)
-            os.chmod(new, 0o600)
-            os.replace(new, path)
-            os.rmdir(folder)
-        except Exception as error:  # OSError, and itchat's Exception('Incorrect fileDir') for it
-            with contextlib.suppress(OSError):
-                os.remove(path)  # it would bring commands back that have been obeyed
-            say(f'登录状态没有存下来，下次启动要重新扫码：{type(error).__name__} {path}')
-
-    def load_login_status(self, fileDir: str, **callbacks) -> Any:
-        """Log in with the stored session; return what is false when that is not to be.
-
-        Raises what keeps the server from answering: it is too early for a QR code.
-        """
-        self.trouble = None
-        set_damaged_session_aside(fileDir)
-        try:
-            answer = super().load_login_status(fileDir, **callbacks)
-        except (LookupError, AttributeError, TypeError, ValueError):
-            set_aside(fileDir, '内容不对')
-            self.loginInfo = {}
-            self.s.cookies.clear()
-            return False
-        if self.trouble is not None:
-            raise self.trouble
-        with self.waiting():  # a signal that itchat has swallowed
-            return answer
-
-    def get_msg(self) -> tuple:
-        """Fetch messages and changed contacts; (None, None) when the server refuses."""
-        try:
-            messages, contacts = super().get_msg()
-        except Exception as error:  # load_login_status() of itchat swallows it
-            self.trouble = requests.RequestException(f'no answer: {type(error).__name__}')
-            raise
-        if messages is None and self.sync_ret in (-1, 1205) and self.refusals <= 3:  # a passing refusal
-            self.trouble = requests.RequestException(f'Ret {self.sync_ret}')
-        self.refusals = self.refusals if messages is None else 0
-        if self.alive or messages is None:
-            return messages, contacts
-        self.early = messages  # of load_login_status(), which would not look who has written them
-        return [], contacts
-
-    def log_out_stored(self) -> None:
-        """End the stored session on the server, remove its file and end the program."""
-        path = self.hotReloadDir
-        if not os.path.exists(path):
-            sys.exit(f'没有存下的登录（{os.path.abspath(path)}）。')
-        self.sync_ret = None
-        try:
-            with self.waiting():
-                good = self.load_login_status(path)
-                if good:
-                    self.end_session()
-        except requests.RequestException:
-            sys.exit('连不上微信，登录没有结束，文件还在。')
-        if not good and self.sync_ret is None:
-            sys.exit('存下的登录不能用，没有问过服务器；请在手机上退出网页版登录。')
-        say('已在服务器上退出登录。' if good else '服务器上的登录早已结束。')
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
-        say(f'删掉了 {os.path.abspath(path)}。')
-        sys.exit()
-
-    def end_session(self) -> None:
-        """Log out on the server. Raises RequestException."""
-        query = {'redirect': 1, 'type': 1, 'skey': self.loginInfo['skey']}
-        self.ask(
-            self.loginInfo['url'] + '/webwxlogout', params=query, allow_redirects=False
-        ).raise_for_status()
-
-    # -- receiving
-
-    def start_receiving(self, exitCallback=None, getReceivingFnOnly=False) -> None:
-        """Note that there is a session; run() receives, in the main thread."""
-        self.alive = True
-
-    def run(self, debug: bool = False, blockThread: bool = True) -> None:
-        """Receive and answer until a signal comes, in one session after the other; then end the program."""
-        if not blockThread:
-            threading.Thread(target=self.run, name='receiving', daemon=True).start()
-            return
-        failures = 0
-        with contextlib.suppress(SystemExit):  # of leave()
-            while self.exit_signal is None:
-                try:
-                    self.receive()
-                    if failures > 1:
-                        mail.set_online(True)
-                        say('微信又连上了。')
-                    failures = 0
-                except requests.ReadTimeout:
-                    pass  # a long poll that was forgotten on the way
-                except SessionOver:
-                    self.reconnect()
-                except Exception as error:  # the network, the server, what is no answer: all of them pass
-                    failures += 1
-                    self.silent = 0
-                    if failures == 2:
-                        mail.set_online(False)
-                        say(f'微信断开了（{type(error).__name__}），训练不受影响；连上以后接着说。')
-                    self.pause(failures)
-        self.call_back('exitCallback')
-        self.end()
-
-    def pause(self, failures: int) -> None:
-        """Wait longer after every failure."""
-        with self.waiting(), self.idle():
-            time.sleep(min(options.retry * 2 ** (failures - 1), 60))
-
-    def reconnect(self) -> None:
-        """Log in again until it works, or a signal comes."""
-        mail.set_online(False)
-        say('微信的登录结束了，训练不受影响；重新登录。')
-        for failures in itertools.count(1):
-            try:
-                trouble = self.log_in()
-            except Exception as error:
-                trouble = f'登录出错：{type(error).__name__}'
-            if not trouble:
-                return
-            say(trouble)
-            self.pause(failures)
-
-    def receive(self) -> None:
-        """Look for news, and hand every text to its handler. Raises SessionOver."""
-        messages, contacts, self.early = self.early, [], []
-        if not messages:
-            with self.waiting():
-                with self.idle():
-                    news = self.look()
-                if news:
-                    messages, contacts = self.get_msg()
-                    if messages is None:
-                        self.check_refusal()
-                    self.empty = 0 if messages or contacts else self.empty + 1
-            if self.empty:  # it says that there is something, and there is nothing: for some selectors
-                self.pause(min(self.empty, 3))
-        self.note_contacts(contacts or [])
-        for msg in messages:
-            try:
-                self.take(msg)
-            except Exception as error:  # of this message; those behind it must not suffer
-                if msg.get('MsgType') == 1:  # a text
-                    say(f'一条消息没有读成：{type(error).__name__}')
-
-    def check_refusal(self) -> None:
-        """Raise SessionOver when a fetch was refused for good, RequestException when it may be tried."""
-        self.refusals += 1
-        if self.sync_ret not in (-1, 1205) or self.refusals > 3:
-            raise SessionOver
-        raise requests.RequestException('refused')
-
-    def look(self) -> bool:
-        """Wait for news, half a minute at most; return whether there is something to fetch.
-
-        Raises RequestException when the answer is none.
-        """
-        info = self.loginInfo
-        names = {'skey': 'skey', 'sid': 'wxsid', 'uin': 'wxuin', 'deviceid': 'deviceid', 'synckey': 'synckey'}
-        query = {name: info[key] for name, key in names.items()}
-        query.update(r=int(time.time() * 1e3), _=info['logintime'])
-        info['logintime'] += 1
-        answer = self.ask(info['syncUrl'] + '/synccheck', params=query).text
-        found = re.search(r'retcode:\s*"(\d+)",\s*selector:\s*"(\d+)"', answer)
-        if not found:
-            raise requests.RequestException('no answer to synccheck')
-        retcode, selector = found.groups()
-        if retcode != '0':  # a log-out; for some clients 1100 only says 'fetch'. The fetch will tell.
-            self.odd += 1
-            self.pause(min(self.odd, 5))
-            return True
-        self.odd = 0
-        return selector != '0'
-
-    def take(self, msg: dict) -> None:
-        """Hand one message to its handler, unless it is a group's, the program's own, or has come before."""
-        chats = msg['FromUserName'] + msg['ToUserName']
-        if '@@' in chats or msg['MsgType'] == 51 or msg['MsgId'] in self.seen:  # 51: opened on the phone
-            return
-        self.seen.append(msg['MsgId'])
-        [msg] = produce_msg(self, [msg])
-        if not self.is_own(msg):
-            self.msgList.put(msg)
-            self.configured_reply()
-
-    # -- sending
-
-    def send_raw_msg(self, msgType, content: str, toUserName: str) -> dict:
-        """Send, and keep by what to know the message when it comes back; see is_own()."""
-        with self.echo:
-            self.sending, mark = content, content
-        try:
-            answer = super().send_raw_msg(msgType, content, toUserName)
-            mark = str(answer.get('MsgID'))
-            return answer
+            if not paused:
+                then = not this_run.stopped and this_run.error is None
+                facts = {'ending': this_run.ending(), 'ended': time.time(), 'how_far': this_run.how_far()}
+                this_run.tell(this_run.closing_report(), **facts)
+                if len(this_run.history) > 1:
+                    itchat.instance.draw_for(this_run, this_run.curve())
+                this_run.tell(*[note] * bool(note), then=then)
         finally:
-            with self.echo:
-                self.sending = None
-                self.own.append(mark)
-                self.echo.notify_all()
-
-    def is_own(self, msg: dict) -> bool:
-        """Return whether the program itself sent a message: from 文件传输助手 it comes back."""
-        with self.waiting(), self.echo:
-            self.echo.wait_for(lambda: self.sending != msg['Text'])  # before that its MsgID is not known
-            for mark in (str(msg['MsgId']), msg['Text']):
-                if mark in self.own:
-                    self.own.remove(mark)
-                    return True
-            return False
-
-    # -- what the adapter asks
-
-    def change_request(self, name: str, request: Any) -> None:
-        """Change a request to `name`, the last part of its path, before it is sent: its tickets encoded once.
-
-        itchat puts some into the query as they are, although they contain +, / and, the pass_ticket, %2B.
-        """
-        url = urllib.parse.urlsplit(request.url)
-        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        query.update(self.queries.get(name, {}))
-        tickets = {'skey': 'skey', 'sid': 'wxsid', 'uin': 'wxuin'}
-        query.update({key: self.loginInfo[ticket] for key, ticket in tickets.items() if key in query})
-        if 'pass_ticket' in query or name in ('webwxsendmsg', 'webwxsendmsgimg'):
-            query['pass_ticket'] = urllib.parse.unquote(self.loginInfo['pass_ticket'])
-        request.url = url._replace(query=urllib.parse.urlencode(query)).geturl()
-
-    def change_answer(self, name: str, response: Any) -> None:
-        """Change an answer before itchat reads it; take the time from it."""
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            if name == 'webwxsync':
-                self.sync_ret = response.json()['BaseResponse']['Ret']
-            date = email.utils.parsedate_to_datetime(response.headers['Date'])
-            self.clock = date.timestamp() - time.time()
-
-    def server_time(self) -> float:
-        return time.time() + self.clock
-
-
-def set_damaged_session_aside(path: str) -> None:
-    """Rename a stored session that is not the user's own, is open to others, or is damaged."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    trouble = ''
-    if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
-        trouble = '不是只有你能读写的文件，里面可能是别人放的东西'
-    else:
-        try:
-            with open_private(path) as f:
-                session = pickle.load(f)
-            if not {'loginInfo', 'cookies', 'storage'} <= set(session):
-                trouble = '内容不全'
-        except PermissionError:
-            trouble = '别人能改写，里面可能是别人放的东西'
-        except Exception as error:  # a damaged pickle can raise anything
-            trouble = f'已损坏（{type(error).__name__}）'
-    if trouble:
-        set_aside(path, trouble)
-
-
-def set_aside(path: str, trouble: str) -> None:
-    """Rename a stored session that is not to be used."""
-    os.replace(path, path + '.bad')
-    say(f'{os.path.abspath(path)} {trouble}；改名为 {path}.bad，需要重新扫码。')
-
-
-class FileHelper(WeChat):
-    """The web page of 文件传输助手: web WeChat's protocol with the differences that stand here.
-
-    They are those in which the clients that were written for the page agree; the README names what is known.
-    Threads as in WeChat.
-    """
-
-    session_file = 'filehelper.pkl'
-    hint = '把“帮助”发给“文件传输助手”'
-    refusal = (
-        '微信没有让这个账号登录文件传输助手网页版。请过一会儿再试，换一个账号，或用 --console 在终端里控制。'
-    )
-    domains = ('.qq.com',)
-    app_id = 'wx_webfilehelper'
-    entries = {  # the host of the page -> that of its login, in the order in which they are tried
-        'szfilehelper.weixin.qq.com': 'login.wx2.qq.com',
-        'filehelper.weixin.qq.com': 'login.wx.qq.com',
-    }
-    file_hosts = {
-        'szfilehelper.weixin.qq.com': 'file.wx2.qq.com',
-        'cmfilehelper.weixin.qq.com': 'file.wx8.qq.com',
-    }
-
-    def __init__(self):
-        super().__init__()
-        self.polls = 0  # fetches without a look
-        self.init_refused = False
-        self.use_entry('szfilehelper.weixin.qq.com')
-
-    def use_entry(self, entry: str) -> None:
-        """Log in by way of this host of the page."""
-        self.entry = entry
-        itchat.config.BASE_URL = 'https://' + self.entries[entry]
-        page = f'https://{entry}/cgi-bin/mmwebwx-bin/webwxnewloginpage'
-        self.queries = {
-            **WeChat.queries,
-            'jslogin': {
-                'appid': self.app_id,
-                'redirect_uri': urllib.parse.quote(page, safe=''),  # so it is encoded twice, as most have it
-                '_': int(time.time() * 1e3),
-            },
-            'login': {'appid': self.app_id},
-            'webwxnewloginpage': {'fun': 'new', 'version': 'v2'},
-            'webwxinit': {'lang': 'zh_CN'},
-            'synccheck': {'mmweb_appid': self.app_id},
-        }
-
-    # -- logging in
-
-    def log_in(self) -> str:
-        """Log in once, by way of the other host if the first one refuses what the phone has confirmed."""
-        self.init_refused, self.silent = False, 0
-        trouble = super().log_in()
-        others = [entry for entry in self.entries if entry != self.entry]
-        if trouble == self.refusal and self.init_refused and self.entry == next(iter(self.entries)):
-            say(f'{self.entry} 没有接受这个账号，换 {others[0]}：请再扫一次。')
-            self.s.cookies.clear()
-            self.loginInfo.pop('url', None)
-            self.use_entry(others[0])
-            trouble = super().log_in()
-        return trouble
-
-    def fetch_login_page(self, page: str) -> Any:
-        """Get the login page as a browser does: no UOS client comes here."""
-        return self.ask(page, allow_redirects=False)
-
-    def take_tickets(self, page: str, tickets: dict) -> None:
-        """Begin a session; the host where the login ended is the entry host, and decides on the file host."""
-        super().take_tickets(page, tickets)
-        self.loginInfo['syncUrl'] = self.loginInfo['url']
-        host = self.file_hosts.get(urllib.parse.urlsplit(page).hostname, 'file.wx.qq.com')
-        self.loginInfo['fileUrl'] = f'https://{host}/cgi-bin/mmwebwx-bin'
-
-    def web_init(self) -> dict:
-        """Fetch the account; note when it is refused after the login was confirmed."""
-        self.init_refused = True
-        answer = super().web_init()
-        if answer.get('BaseResponse', {}).get('Ret') or not answer['User'].get('UserName'):
-            raise Refused
-        self.init_refused = False
-        return answer
-
-    def show_mobile_login(self) -> None:
-        """Do nothing: the page does not."""
-
-    def get_contact(self, update: bool = False) -> list:
-        """Return nobody: there is only 文件传输助手."""
-        return []
-
-    def load_login_status(self, fileDir: str, **callbacks) -> Any:
-        answer = super().load_login_status(fileDir, **callbacks)
-        entry = urllib.parse.urlsplit(self.loginInfo.get('url') or '').hostname
-        if entry in self.entries:
-            self.use_entry(entry)  # the one that took this account
-        return answer
-
-    def log_in_by_code(self) -> None:
-        self.s.cookies.clear()  # or itchat would ask for a login without a QR code: not there
-        super().log_in_by_code()
-
-    def end_session(self) -> None:
-        """Log out on the server as the page does. Raises RequestException."""
-        form = {'sid': self.loginInfo['wxsid'], 'uin': self.loginInfo['wxuin']}
-        query = {'redirect': 1, 'type': 0, 'skey': self.loginInfo['skey']}
-        url = self.loginInfo['url'] + '/webwxlogout'
-        self.s.post(url, params=query, data=form, allow_redirects=False).raise_for_status()
-
-    # -- receiving and sending
-
-    def look(self) -> bool:
-        """Wait for news; where synccheck is not answered, fetch every few seconds, as some clients do."""
-        if self.silent < 2:
-            try:
-                news = super().look()
-                self.silent = 0
-                return news
-            except requests.RequestException:
-                self.silent += 1  # if it is the network, the fetch will fail, too
-        else:
-            self.pause(2)
-            self.empty, self.polls = 0, self.polls + 1
-            if self.polls % 100 == 0:  # perhaps it is answered again
-                self.silent = 1
-        return True
-
-    def send_image(self, fileDir: Any = None, toUserName: Optional[str] = None, *args) -> dict:
-        """Send a picture; a text with its path where it cannot be uploaded to either file host."""
-        first = self.loginInfo['fileUrl']
-        other = 'file.wx2.qq.com' if '//file.wx.' in first else 'file.wx.qq.com'
-        for url in (first, f'https://{other}/cgi-bin/mmwebwx-bin'):
-            with contextlib.suppress(requests.RequestException, AttributeError, TypeError):  # or no object
-                answer = self.upload(url, fileDir, toUserName)
-                if answer and answer.get('MediaId'):
-                    break
-        else:
-            return self.send_msg(f'图片没有传上去，在 {fileDir}', toUserName)
-        return self.send_media(answer['MediaId'], toUserName)
-
-    def upload(self, url: str, path: str, to: str) -> dict:
-        """Upload a picture to a file host, in the form that the page sends."""
-        with open(path, 'rb') as f:
-            content = f.read()
-        request = {
-            'UploadType': 2,
-            'BaseRequest': self.loginInfo['BaseRequest'],
-            'ClientMediaId': int(time.time() * 1e4),
-            'TotalLen': len(content),
-            'StartPos': 0,
-            'DataLen': len(content),
-            'MediaType': 4,
-            'FromUserName': self.storageClass.userName,
-            'ToUserName': to,
-            'FileMd5': hashlib.md5(content).hexdigest(),
-        }
-        form = {
-            'name': os.path.basename(path),
-            'type': 'image/png',
-            'lastModifiedDate': time.strftime('%a %b %d %Y %H:%M:%S GMT+0800 (CST)'),
-            'size': str(len(content)),
-            'mediatype': 'pic',
-            'uploadmediarequest': json.dumps(request, separators=(',', ':')),
-            'webwx_data_ticket': self.s.cookies.get_dict().get('webwx_data_ticket', ''),
-            'pass_ticket': self.loginInfo['pass_ticket'],  # as it came: the page does not decode it here
-        }
-        files = {name: (None, value) for name, value in form.items()}
-        files['filename'] = (form['name'], content, form['type'])
-        query = {'f': 'json', 'random': ''.join(random.choices('abcdefghijklmnopqrstuvwxyz0123456789', k=4))}
-        return ReturnValue(rawResponse=self.s.post(url + '/webwxuploadmedia', params=query, files=files))
-
-    def send_media(self, media_id: str, to: str) -> dict:
-        """Send a picture that was uploaded."""
-        number = int(time.time() * 1e4)
-        message = {
-            'Type': 3,
-            'MediaId': media_id,
-            'Content': '',
-            'FromUserName': self.storageClass.userName,
-            'ToUserName': to,
-            'LocalID': number,
-            'ClientMsgId': number,
-        }
-        data = {'BaseRequest': self.loginInfo['BaseRequest'], 'Msg': message, 'Scene': 0}
-        url = self.loginInfo['url'] + '/webwxsendmsgimg'
-        return ReturnValue(rawResponse=self.s.post(url, params={'fun': 'async', 'f': 'json'}, json=data))
-
-    # -- what the adapter asks
-
-    def change_request(self, name: str, request: Any) -> None:
-        super().change_request(name, request)
-        entry = urllib.parse.urlsplit(self.loginInfo.get('url') or f'https://{self.entry}').hostname
-        headers = {'mmweb_appid': self.app_id, 'Referer': f'https://{entry}/', 'Origin': f'https://{entry}'}
-        request.headers.update(headers, **{'User-Agent': itchat.config.USER_AGENT})
-
-    def change_answer(self, name: str, response: Any) -> None:
-        """Put in what itchat reads although this server does not send it."""
-        super().change_answer(name, response)
-        if name in ('webwxinit', 'webwxsync') and response.ok:
-            answer = json.loads(response.content)
-            missing = {'InviteStartCount': 0, 'ModContactList': [], 'SyncCheckKey': answer.get('SyncKey')}
-            response._content = json.dumps({**missing, **answer, 'ContactList': []}).encode()
+            this_run.busy = False
+            this_run.note_place()
 
 
 # ------------------------------------------------------------------------- the client in itchat's place
 
 
-def use_client(client: Client) -> None:
-    """Let itchat's functions be those of `client`."""
-    client.functionDict = itchat.instance.functionDict  # the handlers that were registered already
-    itchat.instance = client
-    itchat.instanceList[:] = [client]
+class Remote(itchat.Core):
+    """The client of the process that trains: itchat's functions, carried out by the process that talks.
+
+    The main thread logs in, then trains what the commands put into `jobs`. The listening thread receives
+    what comes on the line and carries out the commands, the drawing thread draws, one more calls the script's
+    own handlers. Any thread calls itchat's functions.
+    """
+
+    ORPHANED = 120  # seconds to end by itself, when nobody talks any more
+
+    def __init__(self):
+        super().__init__()
+        self.functionDict = itchat.instance.functionDict  # the handlers that were registered already
+        self.line, self.talker = None, None  # the latter: the process, where this one has started it
+        self.commands = None
+        self.jobs = queue.SimpleQueue()  # (nn_train, Run); None at the end
+        self.admitted = queue.SimpleQueue()  # the answer to the login
+        self.replies, self.numbers = {}, itertools.count()  # number of a call -> where its answer goes
+        self.sent = {}  # the settings that are remembered
+        self.callbacks = {}
+        self.pausing = False  # is what is going on to go on after a restart?
+        self.signal_came = 0.0
+        self.drawing = concurrent.futures.ThreadPoolExecutor(1, 'drawing')
+        self.handling = concurrent.futures.ThreadPoolExecutor(1, 'handlers')
+
+    # -- what the script calls
+
+    def auto_login(
+        self, hotReload: bool = False, statusStorageDir: Optional[str] = None, *args, **callbacks
+    ) -> None:
+        """Have the talking process log in, and wait for that; end the program when it cannot be done.
+
+        Takes itchat's qrCallback, loginCallback and exitCallback.
+        """
+        make_streams_safe()
+        if self.line is None:
+            self.connect()
+        self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
+        how = {'hotReload': bool(hotReload), 'statusStorageDir': statusStorageDir}
+        self.line.send('login', given=vars(options), how={**how, 'callbacks': list(self.callbacks)})
+        threading.Thread(target=self.listen, name='listening', daemon=True).start()
+        answer = self.admitted.get()
+        if answer['do'] == 'exit':
+            self.exit(answer['status'])
+        with waiting_for('在等上一个训练进程存完检查点'):
+            self.folder_lock = lock_folder(1, wait=True)
+        remove_leftovers()
+        with lock:
+            settings.take_up(answer['settings'])
+            self.sent = settings.kept()
+            if self.commands:
+                self.commands.runs_so_far = answer['last']
+        if team.size > 1 and team.leads:
+            team.start()
+
+    def connect(self) -> None:
+        """Reach the talking process: the one that has started this, else one that is started now."""
+        global place
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+        if role == 'trains':
+            self.line, numbers = Line(int(role_words[0])), numbers[:1]
+        else:
+            with tempfile.TemporaryFile() as shared:
+                shared.write(bytes(64))
+                shared.flush()
+                place = Place(shared.fileno())
+                here = os.path.dirname(os.path.abspath(__file__))
+                code = f'import sys; sys.path.insert(0, {here!r}); import utils'
+                self.talker, ours = start_process('talks', ['-c', code], shared)
+            self.line = Line(ours.detach())
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    signal.signal(number, self.hand_on_signal)
+
+    def run(self, debug: bool = False, blockThread: bool = True) -> None:
+        """Train whenever somebody says so, until the end of the program."""
+        if not blockThread:
+            threading.Thread(target=self.run, name='training', daemon=True).start()
+            return
+        self.get_ready()
+        while (job := self.jobs.get()) is not None:
+            train(*job)
+        if self.pausing == 'orphan':
+            sys.exit(1)
+        self.leave(int(run.error is not None))
+
+    def get_ready(self) -> None:
+        """Tell the talking process that commands and messages can come."""
+        with lock:
+            values = {name: globals()[name] for name in LIMITS}
+            offer = resume_offer() if self.commands else ''
+            handlers = {chat: list(functions) for chat, functions in self.functionDict.items()}
+        can = self.commands is not None and team.leads
+        self.line.send('run', commands=can, handlers=handlers, values=values, offer=offer)
+
+    def leave(self, status: int, again: bool = False) -> None:
+        """Say good-bye and end the process; `again`: to be started anew."""
+        self.drawing.shutdown()
+        team.end()
+        if 'exitCallback' in self.callbacks:
+            self.do_call_back('exitCallback', {}).result()
+        self.line.send('bye', status=status, again=again)
+        self.exit(status if self.talker is None else self.talker.wait())
+
+    def exit(self, status: int) -> None:
+        """End the process; several of them by force: MXNet would wait for the others."""
+        if team.size > 1:
+            sys.stdout.flush()
+            os._exit(status)
+        sys.exit(status)
+
+    def receive(self, text: str) -> None:
+        """Carry out a command as if the owner had typed it into the terminal; wait for its answer."""
+        self.call('receive', text)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a function of the client in the talking process. Raises RuntimeError where that raises."""
+        if self.line is None:
+            raise RuntimeError(f'itchat.{name}：要先 itchat.auto_login()')
+        number, answers = next(self.numbers), queue.SimpleQueue()
+        self.replies[number] = answers
+        self.line.send('call', n=number, name=name, args=args, kwargs=kwargs)
+        answer = answers.get()
+        if 'error' in answer:
+            raise RuntimeError(f'itchat.{name}：{answer["error"]}')
+        return self.revive(answer.get('value'))
+
+    def revive(self, value: Any) -> Any:
+        """Return what itchat would have returned for what has come on the line."""
+        if isinstance(value, list):
+            return [self.revive(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if set(value) == {'bytes'}:
+            return base64.b64decode(value['bytes'])
+        if 'BaseResponse' in value:
+            return ReturnValue(value)
+        if 'UserName' in value:
+            value = templates.User(value)
+            value.core = self
+        return value
+
+    # -- what nn_train and the commands say
+
+    def report(self, do: str, **message: Any) -> None:
+        """Send something to the talking process, if there is one."""
+        if self.line is not None:
+            self.line.send(do, **message)
+
+    def tell(self, letters: list, facts: dict) -> None:
+        """Send letters to the run's starter and the supervisors, and what is to be remembered of the run."""
+        self.report('tell', letters=[letter._asdict() for letter in letters], run=facts)
+
+    def answer(self, number: str, answer: Any, news: dict) -> None:
+        """Answer a command: with a text or a Letter; the effects go with it. Needs the lock."""
+        letter = answer if isinstance(answer, Letter) else Letter(answer)
+        kept = settings.kept()
+        changed = {name: value for name, value in kept.items() if self.sent.get(name) != value}
+        self.sent = kept
+        letters = [letter._asdict()] if letter.content else []
+        self.report('answered', id=number, letters=letters, settings=changed, run=news)
+
+    def draw(self, draw: Callable, what: str = '图没有画成') -> Letter:
+        """Return what a command's function returns, or what to say when it fails: by the drawing thread."""
+        try:
+            return draw()
+        except Exception as error:
+            print_traceback()
+            return Letter(f'{what}：{first_line(error)}')
+
+    def draw_for(self, this_run: Run, draw: Callable) -> None:
+        """Draw something and send it to all who hear of the run."""
+        self.drawing.submit(lambda: self.tell([self.draw(draw)], {}))
+
+    def bar(self) -> dict:
+        """Return how tqdm is to show how far an epoch is: on the terminal of the talking process."""
+        if role != 'trains':
+            return {'disable': None}  # if there is a terminal
+        columns = int(role_words[2])
+        return {'file': Bar(self.line), 'ncols': columns - 1} if columns else {'disable': True}
+
+    # -- what the talking process says
+
+    def listen(self) -> None:
+        """Do what the talking process says until its end: the work of the listening thread."""
+        while (message := self.line.receive()) is not None:
+            try:
+                getattr(self, 'do_' + message['do'])(**{k: v for k, v in message.items() if k != 'do'})
+            except Exception:
+                print_traceback()
+        for answers in list(self.replies.values()):
+            answers.put({'error': '说话的进程没有了'})
+        self.admitted.put({'do': 'exit', 'status': 1})
+        timer = threading.Timer(self.ORPHANED, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+        self.do_end(stop=True, pause='orphan')
+
+    def do_logged_in(self, settings: dict, last: int) -> None:
+        """There is a session."""
+        self.admitted.put({'do': 'logged_in', 'settings': settings, 'last': last})
+
+    def do_exit(self, status: int) -> None:
+        """The program ends: it could not log in, or something has gone wrong."""
+        self.admitted.put({'do': 'exit', 'status': status})
+        self.jobs.put(None)
+
+    def do_end(self, stop: bool, pause: Any = False) -> None:
+        """End when the run is over; or stop it. To `pause`: it has not ended, and goes on after a restart."""
+        with lock:
+            self.pausing = pause or self.pausing
+            if stop and self.commands:
+                self.commands.stop()
+        self.admitted.put({'do': 'exit', 'status': 1})
+        self.jobs.put(None)
+
+    def do_order(self, id: str, person: Optional[int], name: str, command: Any, path: str) -> None:
+        """Carry out a command."""
+        with lock:  # the answer is sent before it is let go: no report of the run overtakes it
+            self.commands.news = {}
+            answer = self.commands.carry_out(command, Asked(Caller(person, name), 0, path))
+            news = self.commands.news
+            if not callable(answer):
+                self.answer(id, answer, news)
+                return
+
+        def draw():
+            letter = self.draw(answer, *['没有答成'] * (command in ('status', 'runs')))
+            with lock:
+                self.answer(id, letter, news)
+
+        self.drawing.submit(draw)
+
+    def do_message(self, chat: str, msg: dict) -> None:
+        """Hand a message to the script's own handler."""
+        kinds = {'MpChat': templates.MassivePlatform, 'GroupChat': templates.Chatroom}
+        msg = Message(msg)
+        msg['User'] = kinds.get(chat, templates.User)(msg['User'])
+        msg['User'].core = self
+        if 'Text' not in msg:
+            msg['Text'] = functools.partial(self.call, 'download', msg['MsgId'])
+        self.handling.submit(self.handle, self.functionDict[chat].get(msg['Type']), msg)
+
+    def handle(self, handler: Optional[Callable], msg: dict) -> None:
+        """Call a handler, and send what it returns to the chat that the message is from."""
+        try:
+            answer = handler(msg)
+            if answer is not None:
+                self.send(answer, msg.get('FromUserName'))
+        except Exception:
+            print_traceback()
+
+    def do_call_back(self, name: str, how: dict) -> Any:
+        """Call the script's own qrCallback, loginCallback or exitCallback."""
+
+        def call():
+            try:
+                self.callbacks.get(name, lambda **how: None)(**{k: self.revive(v) for k, v in how.items()})
+            except Exception:
+                print_traceback()
+
+        return self.handling.submit(call)
+
+    def do_reply(self, n: int, **answer: Any) -> None:
+        """The answer to call()."""
+        self.replies.pop(n).put(answer)
+
+    def do_print(self, number: int, content: dict) -> None:
+        """Print what the talking process prints, where this one has the terminal."""
+        stream = sys.stdout if number == 1 else sys.stderr
+        tqdm.write(self.revive(content).decode(stream.encoding or 'utf-8', 'replace'), stream, '')
+
+    def hand_on_signal(self, number: int, frame: Any) -> None:
+        """Have the program end in order; at once at a second signal, a second later or more."""
+        if os.getpid() != process_number:  # a worker of a DataLoader, say, which has inherited this
+            if number != signal.SIGINT:  # that goes to all of a terminal's; this batch is still to be done
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        now = time.monotonic()
+        if self.signal_came and now - self.signal_came > 1:
+            os._exit(128 + number)
+        if not self.signal_came:
+            self.signal_came = now
+            threading.Thread(target=self.line.send, args=('signal',), kwargs={'number': number}).start()
+
+
+class Bar:
+    """The file that tqdm writes a progress bar to: the line to the process that has the terminal."""
+
+    def __init__(self, line: Line):
+        self.line = line
+
+    def write(self, text: str) -> None:
+        self.line.send('bar', text=text.strip('\r\n '))
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+
+def remote(name: str) -> Callable:
+    """Return the method of Remote that has the talking process call its client's method `name`."""
+
+    def function(self, *args, **kwargs):
+        if args and name.startswith(('send_', 'upload')) and os.path.exists(str(args[0])):
+            args = os.path.abspath(args[0]), *args[1:]
+        return self.call(name, *args, **kwargs)
+
+    return function
 
 
 def delegate(name: str) -> Callable:
@@ -4302,7 +5622,19 @@ def delegate(name: str) -> Callable:
 for name, value in list(vars(itchat).items()):
     if isinstance(getattr(value, '__self__', None), itchat.Core):
         setattr(itchat, name, delegate(name))
+        if name not in vars(Remote) and name not in ('msg_register', 'configured_reply'):
+            setattr(Remote, name, remote(name))
 
+process_number = os.getpid()
+place = Place(int(role_words[1]) if role == 'trains' else -1)
+settings = Settings()
+team = Team()
 run = Run()  # the run that is going on, or the last one
-people, mail, countdown, team = People(), Mail(), Countdown(), Team()
-use_client(WeChat())
+use_client(Remote())
+if role == 'trains':
+    make_streams_safe()
+    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)  # MXNet's own handler exits with 255, and nobody knows why
+    faulthandler.enable(2)  # the last words of a segmentation fault
+    for number in map(int, role_words[:2]):
+        os.set_inheritable(number, False)

@@ -293,8 +293,8 @@ class Tool:
         self.wechat = WeChat(home)
         self.wechat.patience = 25
         env = {**self.wechat.env(), **({'OMP_NUM_THREADS': str(threads)} if threads else {})}
-        self.program = Program(home, '--data', folder, *options, env=env, python=('-c', CLOCKED + RUN))
-        atexit.register(self.program.process.kill)
+        self.program = Program(home, '--data', folder, *options, env=env, before=CLOCKED + RUN)
+        atexit.register(self.program.kill)
         self.wechat.ready()
         self.wechat.ask('ti 1 lr 0.1')
         self.epochs, self.status, self.stops, self.shares = [], [], [], []
@@ -350,7 +350,7 @@ def first_request(folder):
     program = Program(folder, env=wechat.env())
     wechat.wait(lambda: wechat.uuid)
     seconds = time.time() - began
-    program.process.kill()
+    program.kill()
     return seconds
 
 
@@ -406,7 +406,7 @@ def over_batch_sizes(folder, rounds, sizes, neighbour):
     if more:
         print('\n| images/s | median |\n|---|---|', *more, sep='\n')
     for tool in tools.values():
-        tool.program.process.kill()
+        tool.program.kill()
 
 
 def several_processes(folder, rounds):
@@ -436,19 +436,20 @@ def several_processes(folder, rounds):
         '| to that of a frozen one | %s |' % spread([deaths(tool, signal.SIGSTOP) for _ in range(rounds)], 1)
     )
     for tool in tools.values():
-        tool.program.process.kill()
+        tool.program.kill()
 
 
 def deaths(tool, number=signal.SIGKILL):
     """Kill the second training process, or stop it; return after how many seconds it is told."""
-    from test_wechat_train import others_of, wait_batches
+    from test_wechat_train import others_of, trainer_of
 
     tool.wechat.ask('ti 1000')
-    while not tool.wechat.ask('开始').startswith('开始训练'):  # the program is being started again
-        time.sleep(0.1)
-    wait_batches(tool.wechat)
+    so_far = len(tool.wechat.heard())
+    tool.wechat.ask('开始')  # the first time; later it has gone on by itself
+    tool.wechat.wait_text(r'第 \d+/1000 轮\n', since=so_far)
     so_far, began = len(tool.wechat.heard()), time.time()
-    os.kill(others_of(tool.program, '--data')[0], number)
+    [follower] = set(others_of(tool.program, '--data')) - {trainer_of(tool.program)}
+    os.kill(follower, number)
     tool.wechat.wait_text('不用扫码', since=so_far)
     return time.time() - began
 
@@ -509,6 +510,8 @@ def main():
         print('PyTorch is not installed: measured without it')
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
+        from test_wechat_train import trainer_of  # after prepare(), which imports MXNet as it is set up
+
         tool = Tool(folder)
         workers = {name: Worker(name, folder) for name in names}
         rates = {name: [] for name in ['tool', *names]}
@@ -546,11 +549,12 @@ def main():
         print('| 状态 in training to its answer, ms | %s |' % spread([1000 * s for s in tool.status[3:]], 0))
         print('| 停止 to the end of the last batch, batch times | %s |' % spread(tool.stops))
         print('| start to QR request, s | %s |' % spread(starts))
-        print('| peak memory, MB: tool | %.0f | | |' % peak(tool.program.process.pid))
+        print('| peak memory, MB: tool, what trains | %.0f | | |' % peak(trainer_of(tool.program)))
+        print('| peak memory, MB: tool, what talks | %.0f | | |' % peak(tool.program.process.pid))
         for name, worker in workers.items():
             print('| peak memory, MB: %s | %.0f | | |' % (name, peak(worker.process.pid)))
             worker.process.kill()
-        tool.program.process.kill()
+        tool.program.kill()
 
 
 if __name__ == '__main__':

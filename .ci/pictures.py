@@ -130,7 +130,7 @@ def converse(steps: list) -> list:
             for step in steps:
                 chat.take(step)
         finally:
-            program.process.kill()
+            program.kill()
             program.process.wait()
         if chat.faults or 'Traceback' in program.output():
             sys.exit('%r\n%s' % (chat.faults, program.output()))
