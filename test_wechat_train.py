@@ -55,7 +55,8 @@ from mxnet.gluon import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SAMPLE = os.path.join(HERE, '..', 'shared', 'fashion-mnist-sample')  # real images, if they are there
-ANSWER = r'\A(?!第 \d|训练(完成|已停止|出错|停下|的进程没有了|的程序)|程序(结束前|又启动)|\d+ 秒后)'  # a text that is no report
+NEWS = r'第 \d|训练(完成|已停止|出错|停下|的进程没有了|的程序)|程序(结束前|又启动)|\d+ 秒后'
+ANSWER = rf'\A(?!{NEWS})'  # a text that is no report
 TICKETS = 'skey', 'wxsid', 'wxuin', 'pass_ticket'
 DEADLINE = 120  # seconds until a condition that is waited for counts as failed
 
