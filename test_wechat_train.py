@@ -1854,8 +1854,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
             program.process.stdin.flush()
             program.wait_output('第 %d/100000 轮' % (done + 3))
             time.sleep(delay)  # the moment is the point: any one will do
-            program.process.kill()
-            program.process.wait()
+            program.kill()
             assert ('完成 %d/100000 轮' % done in program.output()) == bool(i)
         [checkpoint] = tmp_path.glob('runs/*/last.zip')
         state = utils.read_checkpoint(str(checkpoint))
@@ -2087,7 +2086,7 @@ def test_a_stop_holds_over_a_death(wechat, tmp_path, when):
         wechat.ready()
         wechat.ask('ti 5')
         wechat.ask('开始')
-        wechat.wait_text('第 2/5 轮')
+        wait_place(wechat, '第 3 轮到第 2/5 批')
         since = len(wechat.heard())
         wechat.says('B', '停止')
         told = wechat.wait_text('训练的进程没有了', since=since)
@@ -2158,7 +2157,7 @@ def test_a_process_that_hangs_is_told_and_restarted(wechat, tmp_path):
         wechat.ready()
         wechat.ask('ti 5')
         wechat.ask('开始')
-        wechat.wait_text('第 2/5 轮')
+        wait_place(wechat, '第 3 轮到第 2/5 批')
         os.kill(trainer_of(program), signal.SIGSTOP)
         since = len(wechat.heard())
         wechat.says('B', 'lr 0.1')
@@ -2167,13 +2166,358 @@ def test_a_process_that_hangs_is_told_and_restarted(wechat, tmp_path):
         told = wechat.wait_text('训练的进程没有了', since=since)
         assert '强行结束了' in told and '第 3 轮到第 2/5 批' in told and '自己从检查点接着训练' in told
         assert 'lr = 0.1' in wechat.wait_text('lr = 0.1', since=since)
-        while '第 3 轮到第 2/5 批' not in wechat.ask('状态'):
-            pass
+        wait_place(wechat, '第 3 轮到第 2/5 批')
         so_far = len(wechat.heard())
         told = wechat.ask('restart') and wechat.wait_text('照“重启”结束了', since=so_far)
         assert '（完成 2/5 轮，第 3 轮到第 3/5 批）' in told  # it had the time to save
         (tmp_path / 'released').touch()
         assert '完成 5/5 轮' in wechat.wait_text('训练完成', since=so_far)
+
+
+@pytest.mark.parametrize('when', ['at rest', 'stop', 'testing'])
+def test_nothing_goes_on_when_nobody_talks_any_more(wechat, images, tmp_path, when):
+    """The training process saves a checkpoint and ends; a start by hand tells those who heard of the run."""
+    with Program(tmp_path, '--data', images, env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('ti 100000 bs 10')
+        if when != 'at rest':
+            wechat.ask('开始')
+            wechat.wait_text('第 1/100000 轮')
+            if when == 'stop':
+                wechat.says('B', '停止')
+        others = others_of(program)
+        assert len(others) == 1
+        program.process.kill()
+        program.process.wait()
+        wait_gone(others)
+    wechat.receiving, since = 0, len(wechat.heard())
+    with Program(tmp_path, '--data', images, env=wechat.env()):
+        wechat.wait(lambda: wechat.receiving)
+        if when == 'testing':
+            told = wechat.wait_text('程序又启动了', since=since)
+            assert re.search(r'从 \d\d:\d\d 到 \d\d:\d\d 它不在', told)
+            [checkpoint] = tmp_path.glob('runs/*/last.zip')
+            state = utils.read_checkpoint(str(checkpoint))
+            assert state['epochs'] >= 1 and f'完成 {state["epochs"]}/100000 轮' in told
+        assert 'ti = 100000' in wechat.ask('参数') and wechat.logins == 1
+        assert wechat.ask('参数', 'C').startswith('抱歉')  # nobody takes over
+        assert when == 'stop' or sum('又启动了' in t for t in wechat.heard()) == (when == 'testing')
+
+
+def test_both_killed_and_started_by_hand(wechat, tmp_path):
+    """Who may command, the values, the settings are as before; then --supervisor, then --logout."""
+    with mortal(tmp_path, 'stop', times=0, env=wechat.env()) as program:
+        wechat.ready()
+        assert wechat.ask('参数', 'C').startswith('抱歉')
+        wechat.ask('lr 0.3 ti 5')
+        wechat.ask('报告 2')
+        wechat.ask('开始')
+        wait_place(wechat, '第 3 轮到第 2/5 批')
+        wechat.ask('lr x0.5')
+        program.kill()
+    wechat.receiving, since = 0, len(wechat.heard())
+    with mortal(tmp_path, 'stop', times=0, env=wechat.env()):
+        told = wechat.wait_text('程序又启动了', since=since)
+        assert '有没训练完的：完成 2/5 轮，发“继续”接着训练' in told
+        assert wechat.ask('参数') == '学习率 lr = 0.15\n轮数 ti = 5\n批量 bs = 256'
+        so_far = len(wechat.heard('C'))
+        wechat.says('C', '停止')
+        assert '完成 2/5 轮' in wechat.ask('继续')
+        (tmp_path / 'released').touch()
+        wechat.wait_text('训练完成', since=since)
+        texts = wechat.heard(since=since)
+        assert [k for text in texts if isinstance(text, str) for k in re.findall(r'^第 (\d)/5', text)] == [
+            '4'
+        ]
+        assert len(wechat.heard('C')) == so_far  # refused before
+
+
+def test_another_supervisor_and_the_end_of_a_login(wechat, tmp_path):
+    for options, may, may_not in ((), 'B', 'C'), (('--supervisor', 'C'), 'C', 'B'), ((), 'C', 'B'):
+        wechat.receiving = 0
+        with Program(tmp_path, *options, env=wechat.env()):
+            wechat.wait(lambda: wechat.receiving)
+            assert 'lr = 0.5' in wechat.ask('参数', may)
+            so_far = len(wechat.heard(may_not))
+            wechat.says(may_not, 'lr 0.9')
+            assert 'lr = 0.5' in wechat.ask('参数', may)
+            assert not any('lr' in text for text in wechat.heard(may_not, so_far))
+    with Program(tmp_path, '--logout', env=wechat.env()) as program:
+        assert program.process.wait(DEADLINE) == 0
+    wechat.receiving = 0
+    with Program(tmp_path, env=wechat.env()):
+        wechat.wait(lambda: wechat.receiving)
+        assert 'lr = 0.5' in wechat.ask('参数', 'B') and wechat.ask('参数', 'C').startswith('抱歉')
+
+
+SENDING = """
+    utils.lock_start()
+    for i in range(2000):
+        utils.chat_send(f'letter {i}.')
+    print('ALL', flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_two_thousand_letters_outlive_both_processes(wechat, tmp_path):
+    script = own_script(tmp_path, SENDING, head='utils.options.retry = 0.1')
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        wechat.wait_text('letter 0')
+        wechat.breaking = lambda name: 1205 if name == 'webwxsendmsg' else None
+        program.wait_output('ALL')
+        wechat.breaking = without_fault
+        wechat.wait_text('letter [1-9]')
+        program.kill()
+    so_far = ''.join(text for text in wechat.heard())
+    assert so_far.count('letter ') < 2000
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.wait_text('letter 1999')
+    told = [int(n) for text in wechat.heard() for n in re.findall(r'letter (\d+)\.', text)]
+    twice = [b for a, b in zip(told, told[1:]) if b <= a]
+    assert sorted(set(told)) == list(range(2000)) and len(twice) <= 1  # what was on its way at the kill
+
+
+@pytest.mark.parametrize('who', ['trains', 'both'])
+def test_five_hundred_commands_and_a_death(wechat, tmp_path, who):
+    """Each is obeyed once: every one multiplies lr, in a way that shows how often."""
+    lr, times = 1.0, 0
+    with mortal(tmp_path, 'never', env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('lr 1')
+        for i in range(500):
+            wechat.says('B', 'lr x1.003')
+            lr = float(f'{lr * 1.003:.6g}')
+            if i in (100, 337) and who == 'trains':
+                wechat.wait(lambda i=i: wechat.seen > i - 50)
+                os.kill(trainer_of(program), signal.SIGKILL)
+        if who == 'both':
+            wechat.wait_text('lr：1.1')
+            program.kill()
+        else:
+            wechat.says('B', '早停 7')
+            wechat.wait_text('早停 0')
+            assert f'lr = {lr:g}\n' in wechat.ask('参数')
+            times = sum(text.count('lr：') for text in wechat.heard())
+            assert times == 500
+    if who == 'both':
+        wechat.receiving = 0
+        with mortal(tmp_path, 'never', env=wechat.env()):
+            wechat.says('B', '早停 7')
+            wechat.wait_text('早停 0')
+            assert f'lr = {lr:g}\n' in wechat.ask('参数')
+            assert wechat.logins == 1
+
+
+def test_a_copy_of_the_memory_at_any_moment_can_be_started_from(wechat, tmp_path):
+    copies = []
+    with Program(tmp_path, env=wechat.env()) as program:
+        wechat.ready()
+        for i in range(1, 40):
+            wechat.says('B', f'ti {i}')
+            with contextlib.suppress(FileNotFoundError):
+                copies.append((tmp_path / '.wechat_train.db').read_bytes())
+        wechat.wait_text('ti = 39')
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(DEADLINE) == 143
+        copies.append((tmp_path / '.wechat_train.db').read_bytes())
+        assert not list(tmp_path.glob('.wechat_train.db-*'))
+    assert stat.S_IMODE((tmp_path / '.wechat_train.db').stat().st_mode) == 0o600
+    for number, content in enumerate([*copies[::9], copies[-1], copies[-1][:-3000], b'damaged' * 1000]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / '.wechat_train.db').write_bytes(content)
+        (folder / '.wechat_train.db').chmod(0o600)
+        with Program(folder, '--console') as program:
+            status, output = program.types('参数\n')
+        assert status == 0 and re.search(r'ti = \d', output) and 'Traceback' not in output
+        assert ('.wechat_train.db 已损坏' in output) == (folder / '.wechat_train.db.bad').exists()
+        if content == copies[-1]:
+            assert 'ti = 39' in output
+    assert (folder / '.wechat_train.db.bad').exists()
+
+
+@pytest.mark.parametrize('how', ['others write', 'link'])
+def test_a_memory_that_is_not_ones_own_is_set_aside(tmp_path, how):
+    with Program(tmp_path, '--console') as program:
+        assert 'ti = 7' in program.types('ti 7\n')[1]
+    path = tmp_path / '.wechat_train.db'
+    if how == 'link':
+        path.rename(tmp_path / 'other')
+        path.symlink_to(tmp_path / 'other')
+    else:
+        path.chmod(0o666)
+    with Program(tmp_path, '--console') as program:
+        status, output = program.types('参数\n')
+    assert status == 0 and '.wechat_train.db 不是只有你能读写的文件' in output and 'ti = 2' in output
+
+
+def test_the_lock_is_no_way_to_empty_a_file(tmp_path):
+    (tmp_path / 'precious').write_text('precious')
+    (tmp_path / '.wechat_train.lock').symlink_to(tmp_path / 'precious')
+    with Program(tmp_path, '--console') as program:
+        assert program.types('参数\n')[0] == 0
+    assert (tmp_path / 'precious').read_text() == 'precious'
+
+
+FORKING = """
+    child = os.fork()
+    if not child:
+        time.sleep(3600)
+    print('CHILD', child, os.getcwd(), threading.current_thread() is threading.main_thread(), flush=True)
+    os.chdir('/')
+    data = gluon.data.ArrayDataset(list(range(20)))
+    loader = gluon.data.DataLoader(data, 5, num_workers=1)
+    utils.lock_start()
+    print('SUM', sum(float(batch.sum().asscalar()) for batch in loader), flush=True)
+    utils.chat_inf(wechat_name, 1, 1, 1, [0], 0.5)
+    while utils.lock_start():
+        time.sleep(0.01)
+"""
+
+
+def test_what_works_in_a_script_works_in_nn_train(wechat, tmp_path):
+    """The main thread, workers, another folder; nothing that it has started outlives it."""
+    script = own_script(tmp_path, FORKING, head='from mxnet import gluon\nprint("HEAD", flush=True)')
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        wechat.wait_text('第 1/2 轮')
+        assert program.output().count('HEAD') == 1 and 'SUM 190.0' in program.output()
+        child = int(re.search(f'CHILD (\\d+) {tmp_path} True', program.output())[1])
+        assert list(tmp_path.glob('runs/*/log.csv')) and (tmp_path / 'itchat.pkl').exists()
+        os.kill(trainer_of(program), signal.SIGKILL)
+        wechat.wait_text('没有了')
+        wait_gone([child])
+        program.kill()
+    with Program(tmp_path, env=wechat.env(), script=script):  # nobody holds a lock
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+
+
+def test_the_process_that_talks_is_small(wechat, tmp_path):
+    with Program(tmp_path, env=wechat.env()) as program:
+        wechat.ready()
+        for pid, trains in ((program.process.pid, False), (trainer_of(program), True)):
+            with open(f'/proc/{pid}/maps') as f:
+                libraries = f.read()
+            assert ('libmxnet' in libraries) == ('numpy' in libraries) == trains
+        with open(f'/proc/{program.process.pid}/status') as f:
+            assert int(re.search(r'VmHWM:\s+(\d+)', f.read())[1]) < 60 * 1024
+
+
+ITCHATS = """
+@itchat.msg_register(['Picture', 'Text'])
+def see(msg):
+    if msg['Type'] == 'Picture':
+        return f'saw {len(msg.text())} bytes of {msg.user.nickName}'
+    friend = itchat.search_friends(name='C')[0]
+    friend.send('from B: ' + msg.text)
+    answer = itchat.send('own', 'filehelper')
+    print('ALSO', answer['BaseResponse']['Ret'], len(itchat.get_friends()), flush=True)
+"""
+
+
+def test_the_scripts_own_handlers_and_calls(wechat, tmp_path):
+    wechat.on_webwxgetmsgimg = lambda request: b'12345'
+    usual = wechat.respond
+    wechat.respond = lambda host, path, *rest: (
+        (200, {}, b'12345') if path.endswith('webwxgetmsgimg') else usual(host, path, *rest)
+    )
+    script = own_script(tmp_path, 'utils.lock_start()', head=ITCHATS)
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        wechat.says('B', '', MsgType=3)
+        wechat.wait_text('saw 5 bytes of B')
+        wechat.says('B', 'hello')
+        wechat.wait_text('from B: hello', 'C')
+        wechat.wait_text('own', 'filehelper')
+        program.wait_output(f'ALSO 0 {len(wechat.friends) + 1}')
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')  # a command is still a command
+        assert len(wechat.heard('C')) == 1
+
+
+def test_a_terminal_that_nobody_reads_holds_up_nothing(wechat, images, tmp_path):
+    """Training, chat, SIGTERM; and SIGHUP twice at once is one."""
+    script = own_script(
+        tmp_path,
+        """
+        while utils.lock_start():
+            print('x' * 1000)
+            utils.chat_inf(wechat_name, utils.run.epochs + 1, 1, 1, [0], 0.5)
+        """,
+    )
+    master, slave = os.openpty()
+    env = {**os.environ, **wechat.env(), 'PYTHONPATH': HERE}
+    process = subprocess.Popen(
+        [sys.executable, script], cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=slave
+    )
+    os.close(slave)
+    try:
+        wechat.ready()
+        wechat.ask('ti 100000')
+        wechat.ask('安静')
+        wechat.ask('开始')
+        [log] = wechat.wait(lambda: list(tmp_path.glob('runs/*/log.csv')))
+        deadline = time.monotonic() + DEADLINE
+        while len(log.read_text().splitlines()) < 300:  # far more than a terminal holds
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(DEADLINE) == 129
+        assert wechat.wait_text('训练已停止')
+        lines = os.read(master, 10**6).decode(errors='replace')
+        assert 'x' * 1000 in lines
+    finally:
+        process.kill()
+        os.close(master)
+
+
+def test_ctrl_c_while_it_is_being_imported_is_no_traceback(tmp_path):
+    for delay in (0.05, 0.2, 0.4):
+        with Program(tmp_path, '--console') as program:
+            time.sleep(delay)  # the moment is the point: any one will do
+            program.process.send_signal(signal.SIGINT)
+            assert program.process.wait(DEADLINE) in (
+                130,
+                -signal.SIGINT,
+            )  # before `import utils`: Python's own
+            others = others_of(program)
+            assert 'utils.py' not in program.output()
+            wait_gone(others)
+
+
+def test_a_program_that_trains_first_has_a_talking_child(wechat, tmp_path):
+    """`python -c`, a debugger, another module: its death is told, too, and its signals end all in order."""
+    script = own_script(tmp_path, 'utils.lock_start()\nwhile utils.lock_start(): time.sleep(0.01)')
+    code = 'import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    with Program(tmp_path, env=wechat.env(), python=('-c', code), script=script) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(DEADLINE) == 130
+        assert wechat.wait_text('训练已停止') and '█' in program.output()
+    wechat.receiving = 0
+    with Program(tmp_path, env=wechat.env(), python=('-c', code), script=script) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        others = others_of(program)
+        program.process.kill()
+        told = wechat.wait_text('训练的进程没有了')
+        assert '程序结束' in told
+        wait_gone(others)
+
+
+def test_a_carrier_that_lacks_something_says_so():
+    class Pigeon(utils.Client):
+        pass
+
+    for name in ('auto_login', 'run', 'send_msg', 'send_image', 'revoke', 'create_chatroom'):
+        with pytest.raises(NotImplementedError):
+            getattr(Pigeon(), name)()
+    assert Pigeon().search_friends(name='x') == []
 
 
 # ------------------------------------------------------------------------------------- 文件传输助手
@@ -4146,8 +4490,13 @@ def kept_by_each(folder, epoch):
 
 def wait_batches(wechat):
     """Wait until a run computes."""
+    wait_place(wechat, '速度')
+
+
+def wait_place(wechat, place):
+    """Wait until 状态 tells this."""
     deadline = time.monotonic() + DEADLINE
-    while '速度' not in wechat.ask('状态'):
+    while place not in wechat.ask('状态'):
         assert time.monotonic() < deadline
 
 

@@ -34,18 +34,10 @@ if sys.version_info >= (3, 15) and 'WECHAT_TRAIN_ROLE' not in __import__('os').e
 
 import os
 import signal
-import socket
-import subprocess
 
 # ------------------------------------------------------------------------------------- two processes
 
 ROLE = 'WECHAT_TRAIN_ROLE'  # in the environment: its starter's number, what a process is, words for it
-FOLDER = os.getcwd()  # where the program was started: whatever is written lies here
-SCRIPT = getattr(sys.modules['__main__'], '__file__', None)
-COMMAND = [  # how the program was started; a script is named so that it is found from another folder, too
-    os.path.abspath(SCRIPT) if SCRIPT and argument == sys.argv[0] else argument
-    for argument in getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]  # Python 3.10 has it
-]
 
 
 def take_role() -> list:
@@ -73,6 +65,33 @@ def is_started() -> bool:
     return frame.f_back is None
 
 
+def leave_early(number, frame) -> None:
+    """End at once and without a word, at a signal before there is anything to lose."""
+    if first_process:
+        first_process[0].kill()
+    os._exit(128 + number)
+
+
+role, *role_words = take_role()
+TALKS = role == 'talks' or (not role and is_started())
+first_process = None  # the training one, started before the rest is imported: both import at the same time
+if TALKS:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, leave_early if not role else signal.SIG_IGN)
+
+import socket
+import subprocess
+import tempfile
+
+FOLDER = os.getcwd()  # where the program was started: whatever is written lies here
+SCRIPT = getattr(sys.modules['__main__'], '__file__', None)
+COMMAND = [  # how the program was started; a script is named so that it is found from another folder, too
+    os.path.abspath(SCRIPT) if SCRIPT and argument == sys.argv[0] else argument
+    for argument in getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]  # Python 3.10 has it
+]
+
+
 def start_process(role: str, command: list, *files, **how) -> tuple:
     """Start this program in another role with these open files; return it and our end of the line."""
     ours, theirs = socket.socketpair()
@@ -93,27 +112,12 @@ def start_training(place) -> tuple:
     return start_process('trains', COMMAND, place, start_new_session=True, **pipes)
 
 
-def leave_early(number, frame) -> None:
-    """End at once and without a word, at a signal before there is anything to lose."""
-    if first_process:
-        first_process[0].kill()
-    os._exit(128 + number)
-
-
-role, *role_words = take_role()
-TALKS = role == 'talks' or (not role and is_started())
-first_process = None  # the training one, started before the rest is imported: both import at the same time
 if TALKS:
-    import tempfile
-
     for number in range(3):  # closed by the shell: what is opened next must not take a stream's number
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, leave_early if not role else signal.SIG_IGN)
     place_file = tempfile.TemporaryFile()  # see class Place
     place_file.write(bytes(64))
     place_file.flush()
@@ -175,18 +179,38 @@ with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on
 class Line:
     """One end of what connects the two processes: JSON objects, in order, nothing pickled.
 
-    Any thread sends; one thread alone receives.
+    Any thread sends; one thread alone receives. In the training process send() waits until the other one has
+    room, so that what was sent is not lost with the sender; in the talking one a thread writes, and whoever
+    sends never waits: or each could wait for the other to read.
     """
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, waits: bool = True):
         self.connection = multiprocessing.connection.Connection(number)
         self.guard = threading.Lock()
+        self.waiting = None if waits else queue.SimpleQueue()
+        self.writer = threading.Thread(target=self.write_waiting, name='writer', daemon=True)
+        if not waits:
+            self.writer.start()
 
     def send(self, do: str, **message) -> None:
         """Send {'do': do, ...}; when the other process is gone, its end is noticed where it is received."""
         content = json.dumps({'do': do, **message}, default=as_json).encode()
-        with self.guard, contextlib.suppress(OSError):
-            self.connection.send_bytes(content)
+        if self.waiting is not None:
+            self.waiting.put(content)
+        else:
+            with self.guard, contextlib.suppress(OSError):
+                self.connection.send_bytes(content)
+
+    def write_waiting(self) -> None:
+        """Write what was sent, until the other process is gone: a thread of the talking process."""
+        with contextlib.suppress(OSError):
+            while (content := self.waiting.get()) is not None:
+                self.connection.send_bytes(content)
+
+    def close(self) -> None:
+        """Write what was sent, if the other process takes it; then no more: in the talking process."""
+        self.waiting.put(None)
+        self.writer.join(1)
 
     def receive(self, *others: Any) -> Optional[dict]:
         """Return what comes next; None at the end of the other process.
@@ -2352,6 +2376,7 @@ class Trainer:
         self.asked = False  # has it called auto_login()?
         self.deaths, self.saved, self.progress = 0, False, False  # the last two: since its start
         self.why, self.bye, self.again = '', None, False  # what it has said about its end
+        self.gone = None  # since when, when an earlier program was gone
         self.silent = False  # was it told that no batch gets done?
         self.signal = 0  # that has come to the training process, where that is the one the shell started
         self.downloads = collections.OrderedDict()  # MsgId -> itchat's function that fetches the file
@@ -2366,6 +2391,8 @@ class Trainer:
         ):
             about = {'number': number, 'person': person, 'begun': begun, 'ended': ended, 'ending': ending}
             self.run = {**json.loads(facts), **about}
+        self.gone = memory.get('alive')
+        memory.write(set_setting('alive', time.time()))
         sql = 'SELECT id, person, text, written FROM message WHERE waiting ORDER BY rowid'
         for number, key, text, written in memory.rows(sql):
             order = Order(number, people.by_key.get(key, OWNER), text)
@@ -2380,7 +2407,7 @@ class Trainer:
         if ours is None:
             place.write(*[0] * 8)
             process, ours = start_training(place_file)
-        self.process, self.line = process, Line(ours.detach())
+        self.process, self.line = process, Line(ours.detach(), waits=False)
         self.state, self.why, self.bye = State.STARTING, '', None
         self.saved = self.progress = self.silent = False
         self.sent.clear()
@@ -2407,6 +2434,7 @@ class Trainer:
         if process is not None:
             self.collect(process, waiter, readers)
             os.close(read)
+        line.close()
         status, megabytes = result or (0, 0)
         by_system = status == -signal.SIGKILL and oom_kills() != oom
         self.is_over(status, megabytes if by_system else 0, last_words)
@@ -2719,7 +2747,7 @@ class Trainer:
     def tell_return(self, offer: str) -> None:
         """Tell who heard of a run that is not over that the program was gone. Needs the guard."""
         if self.is_busy():
-            gone, now = memory.get('alive'), time.time()
+            gone, now = self.gone, time.time()
             form = '%H:%M' if gone and now - gone < 43200 else '%m-%d %H:%M'
             when = [time.strftime(form, time.localtime(moment)) for moment in (gone or now, now)]
             text = f'程序又启动了：从 {when[0]} 到 {when[1]} 它不在，那时的训练中断了'
@@ -2807,7 +2835,7 @@ class Trainer:
 
     def watch(self) -> None:
         """Tell when a run stands still, and when it goes on; note that the program lives: its own thread."""
-        never, noted = threading.Event(), 0.0
+        never, noted = threading.Event(), time.time()
         while not never.wait(min(options.silence / 10, 1)):
             if time.time() - noted > self.PATIENCE:
                 noted = time.time()
@@ -2981,6 +3009,8 @@ def talk() -> None:
     memory.close()
     if printer:
         printer.close()
+    else:
+        trainer.line.close()
     os._exit(status)
 
 
@@ -3008,7 +3038,6 @@ import gzip
 import importlib.util
 import inspect
 import statistics
-import tempfile
 import weakref
 import zipfile
 import zlib
@@ -5431,7 +5460,7 @@ class Remote(itchat.Core):
         """Carry out a command as if the owner had typed it into the terminal; wait for its answer."""
         self.call('receive', text)
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function of the client in the talking process. Raises RuntimeError where that raises."""
         if self.line is None:
             raise RuntimeError(f'itchat.{name}：要先 itchat.auto_login()')
