@@ -370,7 +370,7 @@ class Printer:
     def show_bar(self, text: str) -> None:
         """Let `text` be the progress bar, if there is a terminal."""
         with self.changed:
-            self.bar = text.encode(errors='replace') if os.isatty(2) else b''
+            self.bar = text.encode(sys.stderr.encoding, 'replace') if os.isatty(2) else b''
             self.changed.notify_all()
 
     def work(self) -> None:
@@ -5634,6 +5634,8 @@ class Remote(itchat.Core):
 
 class Bar:
     """The file that tqdm writes a progress bar to: the line to the process that has the terminal."""
+
+    encoding = property(lambda self: sys.stderr.encoding)
 
     def __init__(self, line: Line):
         self.line = line
