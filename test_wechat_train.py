@@ -27,6 +27,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import struct
@@ -36,6 +37,7 @@ import termios
 import textwrap
 import threading
 import time
+import unicodedata
 import urllib.parse
 import zipfile
 from importlib import metadata
@@ -55,7 +57,7 @@ from mxnet.gluon import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SAMPLE = os.path.join(HERE, '..', 'shared', 'fashion-mnist-sample')  # real images, if they are there
-NEWS = r'第 \d|训练(完成|已停止|出错|停下|的进程没有了|的程序)|程序(结束前|又启动)|\d+ 秒后'
+NEWS = r'第 \d|训练(完成|已停止|出错|停下|的进程没有了|的程序)|程序又启动|从现在起|\d+ 秒后'
 ANSWER = rf'\A(?!{NEWS})'  # a text that is no report
 TICKETS = 'skey', 'wxsid', 'wxuin', 'pass_ticket'
 DEADLINE = 120  # seconds until a condition that is waited for counts as failed
@@ -1028,63 +1030,413 @@ def test_durations_fit_a_phone():
 # --------------------------------------------------------------------------- what a person can write
 
 
+LR, TI, BS = utils.LIMITS
+TALK = utils.Parsed([], '')
+
+
+def result(text):
+    """Return what a text says in short: (word, number) or the values of each command, '?' and the line
+    that is almost one.
+    """
+    parsed = utils.parse(text)
+    short = [said.values if said.word == 'set' else (said.word, said.number) for said in parsed.commands]
+    return short + ['? ' + parsed.almost] * bool(parsed.almost)
+
+
+def word(name, number=None):
+    return [(name, number)]
+
+
+BEFORE = [  # the cards of the parser that was there before
+    ('继续', word('resume')),
+    ('状态', word('status')),
+    ('plot', word('plot')),
+    ('取消', word('cancel')),
+    ('开始', word('start')),
+    (' start\n', word('start')),
+    ('ＳＴＯＰ', word('stop')),
+    ('停止！', word('stop')),
+    ('参数', word('params')),
+    ('Help', word('help')),
+    ('START', word('start')),
+    ('曲线 2', word('plot', 2)),
+    ('曲线2', word('plot', 2)),
+    ('报告 5', word('report', 5)),
+    ('报告\n5', word('report', 5)),
+    ('报告：0', word('report', 0)),
+    ('早停 3', word('patience', 3)),
+    ('report = ５', word('report', 5)),
+    ('安静', word('quiet')),
+    ('lr 0.1', [[(LR, '0.1')]]),
+    ('LR=0.1', [[(LR, '0.1')]]),
+    ('learning_rate：1e-3', [[(LR, '1e-3')]]),
+    ('ｌｒ　０．１', [[(LR, '0.1')]]),
+    ('ti: 5', [[(TI, '5')]]),
+    ('Batch_Size = １２８', [[(BS, '128')]]),
+    ('lr 0.1, ti 5\nbs=128', [[(LR, '0.1'), (TI, '5')], [(BS, '128')]]),
+    ('ＢＳ：６４，ti=2', [[(BS, '64'), (TI, '2')]]),
+    ('lr 0.1 ti 2 bs 8', [[(LR, '0.1'), (TI, '2'), (BS, '8')]]),
+    ('lr abc', [[(LR, 'abc')]]),
+    ('lr nan', [[(LR, 'nan')]]),
+    ('lr -1', [[(LR, '-1')]]),
+    ('lr @img@x', [[(LR, '@img@x')]]),
+    ('lr \x1b[31m', [[(LR, '\x1b[31m')]]),
+    ('ti 2.5', [[(TI, '2.5')]]),
+    ('bs 100000', [[(BS, '100000')]]),
+    ('lr\n5', [[(LR, '5')]]),
+    ('lr x0.5', [[(LR, 'x0.5')]]),
+    ('lr × 0.5', [[(LR, 'x0.5')]]),
+    ('lr*0.5', [[(LR, '*0.5')]]),
+    ('lr=÷2', [[(LR, '/2')]]),
+    ('lr /2', [[(LR, '/2')]]),
+]
+NEW = [
+    ('Stop!', word('stop')),
+    ('Stop.', word('stop')),
+    ('停止。。。', word('stop')),
+    ('停止~', word('stop')),
+    ('停止～～', word('stop')),
+    ('停止——', word('stop')),
+    ('停止……', word('stop')),
+    ('停止⋯⋯', word('stop')),
+    ('状态？', word('status')),
+    ('状态？！', word('status')),
+    ('状态，', word('status')),
+    ('、状态；', word('status')),
+    *(
+        (quoted, word('stop'))
+        for quoted in '“停止”/"停止"/‘停止’/「停止」/『停止』/《停止》/〝停止〞'.split('/')
+    ),
+    *(
+        (quoted, word('stop'))
+        for quoted in ("'停止'", '＂停止＂', '【停止】', '（停止）', '“停止”。', '“停止。”')
+    ),
+    *((f'停{c}止{c}', word('stop')) for c in '\u200b\u200e\ufeff\u2060\u00ad\ufe0f\u200d'),
+    *((c + 'lr 0.1' + c, [[(LR, '0.1')]]) for c in '\u200b\u200e\ufeff\u2060\u202a'),
+    *((f'lr 1e{minus}3', [[(LR, '1e-3')]]) for minus in '-−–—‐‑－﹣'),
+    ('lr −1', [[(LR, '-1')]]),
+    ('开始🚀', word('start')),
+    ('🚀 开始', word('start')),
+    ('开始👍🏻', word('start')),
+    ('开始❤️🤷‍♂️！', word('start')),
+    ('停止👨‍👩‍👧‍👦🇨🇳', word('stop')),
+    ('报告 5️⃣', word('report', 5)),
+    ('lr 0.1👌', [[(LR, '0.1')]]),
+    ('開始', word('start')),
+    ('繼續', word('resume')),
+    ('停止', word('stop')),
+    ('狀態', word('status')),
+    ('曲線', word('plot')),
+    ('曲線 3', word('plot', 3)),
+    ('錯圖', word('mistakes')),
+    ('記錄', word('runs')),
+    ('紀錄', word('runs')),
+    ('回退', word('rollback')),
+    ('參數', word('params')),
+    ('報告 5', word('report', 5)),
+    ('安靜', word('quiet')),
+    ('幫助', word('help')),
+    ('重啟', word('restart')),
+    ('重啓', word('restart')),
+    ('學習率 0.1', [[(LR, '0.1')]]),
+    ('輪數：5', [[(TI, '5')]]),
+    ('@小号 停止', word('stop')),
+    ('@小号\u2005停止', word('stop')),
+    ('@小 号\u2005停止', word('stop')),
+    ('＠小号\u2005 停止！', word('stop')),
+    ('@小号\nlr 0.1', [[(LR, '0.1')]]),
+    ('\u200b@小号\u2005停止', word('stop')),
+    ('lr 0。1', [[(LR, '0.1')]]),
+    ('lr：0。05。', [[(LR, '0.05')]]),
+    ('lr 。5', [[(LR, '.5')]]),
+    ('LR 0,1', [[(LR, '0.1')]]),
+    ('学习率 0，05', [[(LR, '0.05')]]),
+    ('lr x0,5', [[(LR, 'x0.5')]]),
+    ('lr 0.1,ti 5', [[(LR, '0.1'), (TI, '5')]]),
+    ('lr 0.1，ti 5', [[(LR, '0.1'), (TI, '5')]]),
+    ('lr 0,1,ti 5', [[(LR, '0.1'), (TI, '5')]]),
+    ('ti 3,bs 64', [[(TI, '3'), (BS, '64')]]),
+    ('ti 3。bs 64。', [[(TI, '3'), (BS, '64')]]),
+    ('lr0.1', [[(LR, '0.1')]]),
+    ('lr.1', [[(LR, '.1')]]),
+    ('lrx0.5', [[(LR, 'x0.5')]]),
+    ('bs128', [[(BS, '128')]]),
+    ('ti5', [[(TI, '5')]]),
+    ('ti5，bs128', [[(TI, '5'), (BS, '128')]]),
+    ('学习率 0.1', [[(LR, '0.1')]]),
+    ('学习率0.1', [[(LR, '0.1')]]),
+    ('学习率：x0.5', [[(LR, 'x0.5')]]),
+    ('轮数 5', [[(TI, '5')]]),
+    ('批量 128', [[(BS, '128')]]),
+    ('学习率 lr = 0.05', [[(LR, '0.05')]]),
+    ('学习率lr=0.05', [[(LR, '0.05')]]),
+    ('轮数 ti = 7', [[(TI, '7')]]),
+    ('批量 bs = 64', [[(BS, '64')]]),
+    ('学习率 lr = 0.05\n轮数 ti = 7\n批量 bs = 64', [[(LR, '0.05')], [(TI, '7')], [(BS, '64')]]),
+    ('学习率 lr = 0.05，轮数 ti = 7', [[(LR, '0.05'), (TI, '7')]]),
+    ('lr 10⁻³', [[(LR, '10^-3')]]),  # refused by utils.read_value(), not 10-3
+    ('bs 2⁷', [[(BS, '2^7')]]),  # not 27
+    ('lr ½', [[(LR, '1/2')]]),  # refused, too
+    ('lr 5%', [[(LR, '5%')]]),  # and never 5
+    ('lr 0.1×', [[(LR, '0.1x')]]),
+    ('lr 10^', [[(LR, '10^')]]),
+    ('ti=abc', [[(TI, 'abc')]]),
+    ('bs inf', [[(BS, 'inf')]]),
+    ('ti 3\nlr 0.1\n开始', [[(TI, '3')], [(LR, '0.1')], ('start', None)]),
+    ('ti 3\r\n\r\n \n开始！\r\n', [[(TI, '3')], ('start', None)]),
+    ('停止<br/>状态', [('stop', None), ('status', None)]),
+    ('停止\n👍\n。。。', word('stop')),  # lines with nothing in them
+    ('\n'.join(['状态'] * utils.MOST_LINES), word('status') * utils.MOST_LINES),
+]
+
+
+@pytest.mark.parametrize('text, expected', BEFORE + NEW)
+def test_commands(text, expected):
+    assert result(text) == expected
+    assert utils.parse(text) and utils.parse(text).almost == ''
+
+
+def test_the_text_of_a_command_is_its_line():
+    texts = [said.text for said in utils.parse('“ＴＩ ３”\nlr\n0.1。\n開始🚀').commands]
+    assert texts == ['TI 3', 'lr 0.1', '開始']
+
+
 @pytest.mark.parametrize(
-    'text, command',
+    'text, complete',
     [
-        ('继续', 'resume'),
-        ('状态', 'status'),
-        ('plot', 'plot'),
-        ('取消', 'cancel'),
-        ('开始', 'start'),
-        (' start\n', 'start'),
-        ('ＳＴＯＰ', 'stop'),
-        ('停止！', 'stop'),
-        ('参数', 'params'),
-        ('Help', 'help'),
-        ('lr 0.1', [('learning_rate', '0.1')]),
-        ('LR=0.1', [('learning_rate', '0.1')]),
-        ('learning_rate：1e-3', [('learning_rate', '1e-3')]),
-        ('ｌｒ　０．１', [('learning_rate', '0.1')]),
-        ('ti: 5', [('training_iters', '5')]),
-        ('Batch_Size = １２８', [('batch_size', '128')]),
-        ('lr 0.1, ti 5\nbs=128', [('learning_rate', '0.1'), ('training_iters', '5'), ('batch_size', '128')]),
-        ('lr abc', [('learning_rate', 'abc')]),
-        ('lr -1', [('learning_rate', '-1')]),
+        ('开始', True),
+        ('报告 5', True),
+        ('lr 0.1', True),
+        ('lr x0.5', True),
+        ('ti 3\nlr 0.1\n开始', True),
+        ('', False),
+        ('你好', False),
+        ('ti amo', False),
+        ('lr abc', False),
+        ('lr nan', False),
+        ('lr /0', False),
+        ('ti 0', False),
+        ('ti 2.5', False),
+        ('bs 100000', False),
+        ('bs 2⁷', False),
+        ('lr ½', False),
+        ('lr 0.1 ti 0', False),
+        ('开始\n报告', False),
+        ('报告', False),
     ],
 )
-def test_commands(text, command):
-    assert utils.parse(text) == command
+def test_complete(text, complete):
+    assert utils.parse(text).complete is complete
 
 
 @pytest.mark.parametrize(
     'text',
+    '报告/早停/lr/LR/ti/bs/学习率/批量/learning_rate/batch_size =/lr =/lr:/报告 x/报告 abc/report/'
+    '停止 5/停止5/开始 abc/开始 1/stop 5/报告 -1/报告 2.5/报告 1234567/報告 x/早停 五/报告五/lr 五/'
+    'ti 五/报告 5轮/早停 3 轮/ti 5轮/lr 0.1 ti/lr 0.1 0.2/'
+    'lr 0. 1/lr 0, 1/lr 0.1,5/lr 0,1.5/报告 零/ti 1,000/bs 1,024/'
+    'ti 5:30/参数 lr/学习率 ti = 5/安静 5/stop = abc/曲线 x/曲线 1 2'.split('/'),
+)
+def test_almost_a_command(text):
+    parsed = utils.parse(text)
+    assert parsed and not parsed.commands and not parsed.complete
+    assert parsed.almost == unicodedata.normalize('NFKC', text).rstrip(':')
+
+
+@pytest.mark.parametrize(
+    'text, expected',
     [
-        '',
-        ' ',
-        '开始吃饭',
-        '别停止',
-        'lr',
-        'lr 0.1 吗',
-        'bs 你',
-        '0.1',
-        'lr 0.1 ti',
-        'startle',
-        'let us start',
-        '[微笑]',
-        '<xml/>',
-        'lr ' * 10**5,
-        '：',
-        'filehelper',
+        ('开始\n报告', [('start', None), '? 报告']),
+        ('ti 3\n“报告 x”\n停止\n早停', [[(TI, '3')], '? 报告 x']),
+        ('报告\n停止', ['? 报告']),  # nothing behind a wrong line, nor a command below it, is obeyed
+        ('ti 3\nlr\n开始', [[(TI, '3')], '? lr']),
+        ('开始\n吃饭', []),
+        ('吃饭\n开始', []),
+        ('开始\n报告\n吃饭', []),
+        ('报告\n吃饭', []),
+        ('\n'.join(['状态'] * (utils.MOST_LINES + 1)), []),
     ],
 )
-def test_small_talk_is_no_command(text):
-    assert utils.parse(text) is None
+def test_lines(text, expected):
+    assert result(text) == expected
 
 
-@given(st.text())
+DASHED = ('- - - - - - - - - - - - - - -', '———————', '-----', '— — — —', '──────')
+
+
+@pytest.mark.parametrize('end', ['\n', '<br/>', '\r\n'])
+@pytest.mark.parametrize('dashes', DASHED)
+def test_only_what_stands_below_a_quotation_counts(dashes, end):
+    def reply(quoted, text):
+        return f'「账号A：{quoted}」{end}{dashes}{end}{text}'
+
+    assert result(reply('停止', '开始')) == word('start')
+    assert result(reply('停止', '')) == result(reply('停止', '')[: -len(end)]) == []
+    assert result(reply('停止', '好的')) == []
+    assert result(reply('你好', f'ti 3{end}开始')) == [[(TI, '3')], ('start', None)]
+    assert result(reply(f'停止{end}开始', '状态？')) == word('status')
+    assert result(reply(reply('停止', '开始'), '状态')) == word('status')  # who quotes a quoting reply
+    assert result(reply(reply('停止', '开始'), '')) == []
+    assert result(reply('很长' * 500, '状态')) == word('status')
+    assert result(reply('停止', '长' * 201)) == result(reply('很长' * 10**4, '状态')) == []
+    assert result(f'「停止」{end}{dashes}{end}') == []
+    assert result(f'\ufeff「停止」 {end} {dashes} {end}报告 x') == ['? 报告 x']
+
+
+def test_a_quotation_without_a_reply_is_no_command():
+    assert result('「账号A：停止」') == result('「账号A：\n停止」') == []
+    assert result('停止\n- - - - - -\n开始') == []
+
+
+SMALL_TALK = """
+今天晚上吃什么？ / lr这个参数怎么选比较好 / 停一下我去吃饭 / 开始下雨了 / 开始吃饭了吗 / 状态不好
+取消关注 / 帮助我 / 继续吗 / start it / ti amo / Stop the car / help me please / stop it / start now
+Help me! / stop, please / cancel that / 开始吃饭 / 别停止 / lr 0.1 吗 / bs 你 / 0.1 / startle
+let us start / [微笑] / <xml/> / ： / filehelper / 你好 / 停 / 开始吧 / 开始了吗 / 开始了 / 开始啦！
+现在开始 / 什么时候开始 / 开始上课了 / 开始ing / 开始讨厌他了 / 重新开始 / 还没开始呢 / 停止吧 / 停止了
+停止营业 / 雨停止了 / 停止供水通知 / 能不能停止 / 停止5分钟吧 / 停不下来 / 停车费20 / 继续睡 / 继续努力
+继续加油💪 / 继续说 / 我们继续 / 别继续了 / 继续教育学院 / 状态怎么样 / 今天状态真好 / 状态栏在哪
+什么状态 / 状态还行吧。 / 发个状态看看 / 曲线救国 / 身材曲线真好 / 曲线运动好难 / 错图了 / 发错图了
+记录一下 / 做个记录 / 记录仪多少钱 / 记录在本子上了 / 聊天记录发我 / 回退货款 / 可以回退吗 / 参数是多少
+什么参数 / 参数表发我 / 手机参数对比 / 参数3个 就够了吗？ / 报告写完了吗 / 报告老师 / 报告！我到了
+报告5点前交 / 体检报告 / 报告在哪 / 写报告好累 / 报告一下 / 安静点 / 安静！孩子睡了 / 安静下来 / 好安静
+早停电了 / 早停了 / 早停早好 / 取消吧 / 取消订单 / 取消了 / 订单取消 / 取消会议通知 / 帮助中心 / 谢谢帮助
+帮助很大 / 需要帮助吗 / 重启手机试试 / 重启电脑 / 重启了吗 / 手机重启 / 学习率先进班 / 学习率高
+轮数太多了 / 批量生产 / 批量采购便宜 / 批量处理 / 轮数不够吧 / lr是什么 / lr 是多少 / LR相机怎么样
+lr 怎么调才好？ / lrc歌词 / bs专业 / bs你 / bs吗 / BS detector / bs artist / ti voglio bene / ti prego
+TI杯看了吗 / ti8夺冠了 / ti 是什么 / tired / time 5 / tip 10 / title / bsd 12 / lr is too high
+lr 0.1 is good / starting 5 / start over / Start the game / status quo / Status update? / plot twist
+Plot armor / params? no idea / cancel culture / Report card / report bugs / report it / quiet please
+Quiet! I sleep / patience my friend / resume attached / my resume / runs fast / it runs / helpful
+help yourself / helpless / help desk / mistakes happen / mistakes were made / rollback now please
+restart pls / Stop by at 5 / stop 4 me / start of 2024 / I cannot stop / don't stop / non-stop / one-stop
+stop-loss / the plot / stop👍it / stop BS / 是 / 好的 / 嗯嗯 / 哈哈哈哈 / OK / 👍 / 🚀🚀 / ？？？ / ...
+—— / 666 / 1 / 12:30 / 3天后开始 / 2个参数 / 1. 开始 / @小号 / @小号 你好 / </br>停止 / <b>开始</b>
+/停止 / #停止# / 停止开始 / 开始停止 / 开始 停止 / lr ti bs 怎么选 / 开始-abc / tinan
+lr 0.1 0.2 0.3 0.4 / lr 0.1 ti amo / ti 3 然后开始
+开始，停止
+"""
+SMALL_TALK = [text for line in SMALL_TALK.strip().split('\n') for text in line.split(' / ')]
+
+
+def test_small_talk():
+    for text in ['', ' ', '\n\n', 'lr ' * 10**5, 'x' * 10**4, '停止' + ' ' * 200, *SMALL_TALK]:
+        assert utils.parse(text) == TALK and not utils.parse(text), text
+
+
+def test_there_is_enough_small_talk():
+    assert len(set(SMALL_TALK)) > 200
+
+
+@pytest.mark.parametrize('around', ['“{}”', '{}👍', '\u200b{}。', '停止\n{}', '{}\n停止'])
+def test_small_talk_stays_small_talk(around):
+    for text in SMALL_TALK:
+        if not re.fullmatch(r'\W+|@小号', text):  # an empty line; a mention alone in the line above is one
+            parsed = utils.parse(around.format(text))
+            # A number belongs to the line above: 停止 666 is almost a command.
+            assert not parsed.commands if text[0].isdigit() else parsed == TALK, text
+
+
+@given(
+    st.one_of(
+        st.text(), st.text(st.characters()), st.text('停止开始lrtibs 0.15。,，：=\n「」-— @\u2005x*/①²½🚀"')
+    )
+)
+@settings(max_examples=1000)
 def test_any_text_is_parsed_without_an_error(text):
-    command = utils.parse(text)
-    assert command is None or isinstance(command, (list, tuple)) or command in utils.COMMANDS
+    parsed = utils.parse(text)
+    assert isinstance(parsed.complete, bool) and isinstance(parsed.almost, str)
+    for said in parsed.commands:
+        assert said.word == 'set' or said.word in utils.COMMANDS
+        assert bool(said.values) == (said.word == 'set') and said.text
+        assert all(name in utils.LIMITS and value.isascii() and value for name, value in said.values)
+        assert said.number is None or utils.COMMANDS[said.word].number
+
+
+QUOTES = '“”,"",\'\',‘’,「」,『』,《》,〈〉,«»,【】,（）'.split(',')
+INVISIBLE = '\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad\ufe0e\ufe0f\u202a\u202c'
+PUNCTUATION = '。.!！?？~～…,，;；、⋯·'
+EMOJI = ['🚀', '👍🏻', '❤️', '🤷‍♂️', '🇨🇳', '⭐', '👨‍👩‍👧']
+TO_TRADITIONAL = str.maketrans('开继续状态线错图记参数报静帮学轮启', '開繼續狀態線錯圖記參數報靜幫學輪啟')
+SPELLED = [
+    *(
+        (text, word(key))
+        for key, c in utils.COMMANDS.items()
+        if not c.number or c.optional
+        for text in (key, c.chinese)
+    ),
+    *((f'{t} 5', word(key, 5)) for key, c in utils.COMMANDS.items() if c.number for t in (key, c.chinese)),
+    *((f'{name} 5', [[(long, '5')]]) for name, long in utils.NAMES.items()),
+    ('lr 1e-3', [[(LR, '1e-3')]]),
+    ('学习率 lr = 0.05，轮数 ti = 7', [[(LR, '0.05'), (TI, '7')]]),
+]
+
+
+@st.composite
+def decorated(draw):
+    """A command as phones may write it, and what it is."""
+    text, expected = draw(st.sampled_from(SPELLED))
+    if draw(st.booleans()):
+        text = text.translate({c: c + 0xFEE0 for c in range(0x21, 0x7F)})  # full-width
+    if draw(st.booleans()):
+        text = text.translate(TO_TRADITIONAL)
+    if draw(st.booleans()):
+        text = text.upper()
+    for _ in range(draw(st.integers(0, 4))):
+        around = draw(st.sampled_from(['quotes', 'invisible', 'punctuation', 'emoji', 'blank']))
+        if around == 'quotes':
+            text = draw(st.sampled_from(QUOTES))[0] + text + draw(st.sampled_from(QUOTES))[1]
+        elif around == 'invisible':
+            at = draw(st.integers(0, len(text)))
+            text = text[:at] + draw(st.sampled_from(INVISIBLE)) + text[at:]
+        elif around == 'punctuation':
+            text += draw(st.text(PUNCTUATION, max_size=3))
+        elif around == 'emoji':
+            text = draw(st.sampled_from(['', *EMOJI])) + text + draw(st.sampled_from(EMOJI))
+        else:
+            text = draw(st.sampled_from([' ', '\n', '\u3000', '\xa0'])) + text + ' '
+    return draw(st.sampled_from(['', '@小号 ', '@小 号\u2005', '「A：停止」\n- - - - -\n'])) + text, expected
+
+
+@given(decorated())
+@settings(max_examples=1000)
+def test_a_command_survives_what_phones_add(case):
+    text, expected = case
+    assert result(text) == expected
+
+
+@given(st.lists(decorated(), min_size=1, max_size=4))
+def test_lines_survive_it_too(cases):
+    texts = [text for text, _ in cases if '@' not in text and 'A' not in text and '「' not in text]
+    expected = [said for text, said in cases if text in texts for said in said]
+    whole = '\n'.join(texts)
+    if len(whole) <= 200:
+        assert result(whole) == expected
+
+
+ANY_NUMBER = st.one_of(
+    st.integers(0, 10**6).map(str),
+    st.floats(1e-9, 100).map(str),
+    st.floats(1e-9, 100).map('{:g}'.format),
+    st.decimals(0, 100, places=3).map(str),
+)
+BETWEEN = st.sampled_from([' ', '=', ' = ', '：', ':', '\u3000', '\n', ''])
+
+
+@given(
+    st.sampled_from([*utils.NAMES, 'LR', '學習率', 'ｌｒ']),
+    BETWEEN,
+    ANY_NUMBER,
+    st.sampled_from(['.', '。', '．', ',', '，']),
+)
+def test_numbers_come_back(name, sign, number, point):
+    long = utils.NAMES.get(name, LR)
+    if point in ',，' and (long != LR or '.' not in number):
+        point = '.'
+    written = number.replace('.', point).replace('-', '−')
+    assert result(name + sign + written) == [[(long, number)]]
+    if long == LR and 1e-9 <= float(number) <= 100:
+        assert utils.read_value(long, number) == float(number)
 
 
 WRITTEN = st.tuples(
@@ -1103,7 +1455,8 @@ def test_any_way_to_write_numbers_is_read(pairs, between, full_width):
     if full_width:
         text = text.translate({ord('0') + i: chr(0xFF10 + i) for i in range(10)})
     if len(text) <= 200:
-        assert [value for _, value in utils.parse(text)] == [str(value) for _, value in pairs]
+        values = [value for said in utils.parse(text).commands for _, value in said.values]
+        assert values == [str(value) for _, value in pairs]
 
 
 @pytest.mark.parametrize(
@@ -1121,6 +1474,7 @@ def test_any_way_to_write_numbers_is_read(pairs, between, full_width):
 )
 def test_good_values(name, text, value):
     assert utils.read_value(name, text) == value
+    assert utils.parse(f'{name} {text}').complete
 
 
 @pytest.mark.parametrize(
@@ -1128,16 +1482,17 @@ def test_good_values(name, text, value):
     [
         *(
             ('learning_rate', t)
-            for t in ('abc', '-1', '0', 'nan', 'inf', '1e400', '101', '1_0', '0x1', '1e', '--1', '.')
+            for t in ('abc', '-1', '0', 'nan', 'inf', '1e400', '101', '1_0', '0x1', '1e', '--1', '.', '10^-3')
         ),
         *(('training_iters', t) for t in ('0', '2.5', '-3', '1e2', '1' * 5000, 'x')),
-        *(('batch_size', t) for t in ('100000', '0', '12.0')),
+        *(('batch_size', t) for t in ('100000', '0', '12.0', '2^7')),
     ],
 )
 def test_bad_values_are_refused_with_what_is_allowed(name, text):
     with pytest.raises(ValueError, match='例如') as refused:
         utils.read_value(name, text)
     assert len(str(refused.value)) < 80
+    assert not utils.parse(f'{name} {text}').complete
 
 
 # --------------------------------------------------------------------------------------- whole sessions
@@ -1151,7 +1506,7 @@ def test_a_session_in_wechat(wechat, images, tmp_path):
         assert '█▀▀' in output or '▄▄▄▄▄' in output  # the QR code
         assert '请在手机上确认' in output and '已登录：A' in output
         wechat.ready()
-        assert wechat.heard()[0].startswith('程序结束前，只有你')
+        assert wechat.heard()[0].startswith('从现在起，只有你')
         assert wechat.ask('lr 0.1') == '学习率 lr = 0.1\n轮数 ti = 2\n批量 bs = 256'
         assert wechat.ask('ＢＳ：６４，ti=2') == '学习率 lr = 0.1\n轮数 ti = 2\n批量 bs = 64'
         for bad, allowed in (
@@ -1245,7 +1600,8 @@ def test_a_crash_is_told_and_the_next_start_works(wechat, tmp_path):
         told = wechat.wait_text('出错')
         assert 'RuntimeError: the disk is on fire' in told and '\nsecond' not in told
         assert socket.gethostname() in told and 'crashing.py 第 7 行：raise' in told and '用时' in told
-        assert 'Traceback' in program.output() and 'in nn_train' in program.output()
+        program.wait_output('Traceback')
+        program.wait_output('in nn_train')
         wechat.ask('ti 2')
         since = len(wechat.heard())
         wechat.ask('开始')
@@ -2199,7 +2555,9 @@ def test_nothing_goes_on_when_nobody_talks_any_more(wechat, images, tmp_path, wh
             [checkpoint] = tmp_path.glob('runs/*/last.zip')
             state = utils.read_checkpoint(str(checkpoint))
             assert state['epochs'] >= 1 and f'完成 {state["epochs"]}/100000 轮' in told
-        assert 'ti = 100000' in wechat.ask('参数') and wechat.logins == 1
+        wechat.says('B', '参数')
+        wechat.wait_text('ti = 100000', since=since)
+        assert wechat.logins == 1
         assert wechat.ask('参数', 'C').startswith('抱歉')  # nobody takes over
         assert when == 'stop' or sum('又启动了' in t for t in wechat.heard()) == (when == 'testing')
 
@@ -2267,9 +2625,13 @@ def test_two_thousand_letters_outlive_both_processes(wechat, tmp_path):
         wechat.wait_text('letter 0')
         wechat.breaking = lambda name: 1205 if name == 'webwxsendmsg' else None
         program.wait_output('ALL')
-        wechat.breaking = without_fault
+        passing = [None] * 5
+        wechat.breaking = lambda name: (
+            1205 if name == 'webwxsendmsg' and not passing else name == 'webwxsendmsg' and passing.pop()
+        )
         wechat.wait_text('letter [1-9]')
         program.kill()
+        wechat.breaking = without_fault
     so_far = ''.join(text for text in wechat.heard())
     assert so_far.count('letter ') < 2000
     with Program(tmp_path, env=wechat.env(), script=script):
@@ -2518,6 +2880,243 @@ def test_a_carrier_that_lacks_something_says_so():
         with pytest.raises(NotImplementedError):
             getattr(Pigeon(), name)()
     assert Pigeon().search_friends(name='x') == []
+
+
+ONE_DEATH = """
+    from mxnet import gluon
+    def die(when):
+        if os.path.exists(when):
+            os.remove(when)
+            os.kill(os.getpid(), 9)
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd')
+    epoch, loss, acc = utils.load_checkpoint(net, trainer)
+    die('before')
+    while utils.lock_start() and epoch <= params[1]:
+        for batch in utils.progress(range(5)):
+            itchat.get_friends()
+            while os.path.exists('calls') and epoch == 2:
+                itchat.send_msg('called', 'filehelper')
+                if not utils.running:
+                    break
+        utils.chat_inf(wechat_name, epoch, 5, 1, range(5), 0.5)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, 0, 0)
+    die('after')
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_run_goes_on_from_its_own_checkpoint_alone(wechat, tmp_path):
+    script = own_script(tmp_path, ONE_DEATH)
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        (tmp_path / 'after').touch()
+        wechat.ask('开始')
+        assert '自己从检查点接着训练' in wechat.wait_text('没有了')
+        assert '完成 2/2 轮' in wechat.wait_text('训练完成')  # nothing was left to train
+        (tmp_path / 'before').touch()
+        wechat.ask('ti 4')
+        since = len(wechat.heard())
+        wechat.ask('开始')
+        told = wechat.wait_text('没有了', since=since)
+        assert '那时完成 0/4 轮' in told and '自己从检查点' not in told
+        assert '空闲' in (wechat.ask('参数') and wechat.ask('状态'))
+        assert not any('第 3/4 轮' in str(text) for text in wechat.heard(since=since))
+
+
+def test_what_calls_itchat_when_nobody_talks_saves_its_checkpoint(wechat, tmp_path):
+    script = own_script(tmp_path, ONE_DEATH)
+    (tmp_path / 'calls').touch()
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        wechat.wait_text('called', 'filehelper')
+        others = others_of(program)
+        program.process.kill()
+        program.process.wait()
+        wait_gone(others)
+    [checkpoint] = tmp_path.glob('runs/*/last.zip')
+    state = utils.read_checkpoint(str(checkpoint))
+    assert (state['epochs'], state['batch']) == (1, 1)
+
+
+def test_a_talker_that_is_killed_at_once_leaves_nothing(wechat, tmp_path):
+    for _ in range(3):
+        with Program(tmp_path, env=wechat.env()) as program:
+            deadline = time.monotonic() + DEADLINE
+            while not (others := others_of(program)):
+                assert time.monotonic() < deadline
+            program.process.kill()
+            wait_gone(others)
+    names = ('wechat_train.py', str(tmp_path))
+    assert not [row for row in process_table() if str(tmp_path) in row[3] and names[0] in row[3]]
+    assert wechat.logins == 0
+
+
+def test_to_end_or_to_restart_what_is_just_starting(wechat, tmp_path):
+    with Program(tmp_path, env=wechat.env()) as program:
+        wechat.ready()
+        assert wechat.ask('重启') == '好，重新启动训练的进程。'
+        wechat.wait_text('照“重启”结束了')
+        wechat.says('B', '重启')
+        assert 'lr = 0.1' in wechat.ask('参数') or wechat.ask('lr 0.1')
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+        os.kill(trainer_of(program), signal.SIGKILL)
+        wechat.wait_text('SIGKILL')
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(DEADLINE) == 130
+        assert not any('启动不了' in text for text in wechat.heard())
+
+
+def test_the_end_does_not_wait_for_a_handler(wechat, tmp_path):
+    head = (
+        "@itchat.msg_register('Text')\ndef see(msg):\n    print('SEEN', flush=True)\n    time.sleep(1000)\n"
+    )
+    script = own_script(tmp_path, 'utils.lock_start()', head=head)
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        for _ in range(50):
+            wechat.says('C', '你好')
+        program.wait_output('SEEN')
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(DEADLINE) == 143
+
+
+def test_odd_names_and_paths(wechat, tmp_path):
+    wechat.nicknames['B'] = 'B\ud83d'
+    head = "@itchat.msg_register('Text')\ndef see(msg):\n    itchat.send_msg('own.py', 'filehelper')\n"
+    head += "    os.chdir('/')\n    itchat.send('@img@' + msg.text, msg['FromUserName'])\n"
+    script = own_script(tmp_path, 'utils.lock_start()', head=head)
+    Image.new('L', (8, 8)).save(tmp_path / 'x.png')
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+        wechat.says('B', f'{tmp_path}/x.png')
+        assert wechat.wait_text('own.py', 'filehelper') == 'own.py'
+        assert wechat.wait_picture().shape == (8, 8)
+
+
+@pytest.mark.parametrize(
+    'foreign',
+    [
+        'CREATE TABLE setting (x)',
+        "CREATE TABLE setting (name, value); INSERT INTO setting VALUES ('alive', 'no JSON')",
+    ],
+)
+def test_a_memory_of_another_program_is_set_aside(tmp_path, foreign):
+    path = tmp_path / '.wechat_train.db'
+    path.touch(0o600)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(foreign)
+    with Program(tmp_path, '--console') as program:
+        status, output = program.types('参数\n')
+    assert status == 0 and '改名为 .wechat_train.db.bad' in output and 'ti = 2' in output
+
+
+def test_a_memory_that_is_removed_is_written_anew(wechat, tmp_path):
+    with Program(tmp_path, env=wechat.env()) as program:
+        wechat.ready()
+        for path in tmp_path.glob('.wechat_train.db*'):
+            path.unlink()
+        wechat.ask('lr 0.3')
+        deadline = time.monotonic() + DEADLINE
+        while not (tmp_path / '.wechat_train.db').exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(DEADLINE) == 143
+    wechat.receiving = 0
+    with Program(tmp_path, env=wechat.env()):
+        assert wechat.ask('参数', 'C').startswith('抱歉')
+        assert 'lr = 0.3' in wechat.ask('参数')
+
+
+def test_a_full_disk_does_not_cost_the_memory(wechat, tmp_path):
+    folder = tmp_path / 'small'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=400k', 'none', str(folder)]
+    if os.getuid() or shutil.which('mount') is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('nothing can be mounted here')
+    try:
+        for times in range(2):
+            wechat.receiving = 0
+            with Program(folder, env=wechat.env(), log='../output.txt') as program:
+                wechat.wait(lambda: wechat.receiving)
+                assert 'lr' in wechat.ask('参数' if times else 'lr 0.3')
+                if times:
+                    assert 'lr = 0.3' in wechat.ask('参数') and '已损坏' not in program.output()
+                    assert wechat.ask('参数', 'C').startswith('抱歉')
+                program.process.send_signal(signal.SIGTERM)
+                assert program.process.wait(DEADLINE) == 143
+            with contextlib.suppress(OSError), open(folder / 'full', 'wb', 0) as f:
+                while f.write(b'x' * 100):
+                    pass
+    finally:
+        subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+# ------------------------------------------------------------------------------- what people really write
+
+
+def test_lines_almost_commands_and_quoted_ones(wechat, tmp_path):
+    script = own_script(tmp_path, 'utils.lock_start(); utils.chat_inf(wechat_name, 1, 1, 1, [0], 1)')
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.wait(lambda: wechat.receiving)
+        wechat.says('C', 'ti amo')
+        wechat.says('C', '报告')
+        wechat.says('C', 'lr abc')
+        wechat.ready()  # small talk and half a command have made nobody the supervisor
+        assert not wechat.heard('C') and 'C：' not in program.output()
+        answer = wechat.ask('ti 3\nlr 0.1\n开始')
+        assert re.fullmatch(r'学习率 lr = 0\.1\n轮数 ti = 3\n批量 bs = 256\n\n开始训练\n(.*\n)*.*', answer)
+        wechat.wait_text('训练完成')
+        answer = wechat.ask('bs 8\nlr 5000\nti 9')
+        assert '5000 不行' in answer and 'bs = 8' in answer and 'ti = 3' in answer
+        assert answer.endswith('从“ti 9”起没有执行。')
+        answer = wechat.ask('bs 16\n早停\n开始')
+        assert 'bs = 16' in answer and '“早停”没看懂，没有执行：“早停”后面要有一个数，例如 早停 5' in answer
+        assert wechat.ask('报告') == '“报告”没看懂，没有执行：“报告”后面要有一个数，例如 报告 5。'
+        assert '例如 bs 128' in wechat.ask('bs')
+        assert wechat.ask('「A：开始」\n- - - - - - - - -\n参数').startswith('学习率 lr = 0.1')
+        so_far = len(wechat.heard())
+        wechat.says('B', '「A：停止」\n- - - - - - - - -\n好的')
+        assert '空闲' in wechat.ask('状态') and len(wechat.heard()) == so_far + 1
+        assert '请单独发' in wechat.ask('lr 0.2\n取消')
+        assert set(utils.COMMANDS) <= set(dir(utils.Commands))
+
+
+def test_a_friend_needs_the_owners_word_when_the_owner_commands(wechat, tmp_path):
+    wechat.remarks['C'] = '小波'
+    with Program(tmp_path, env=wechat.env()):
+        wechat.wait(lambda: wechat.receiving)
+        wechat.says('A', 'lr 0.2')
+        wechat.wait_text('lr = 0.2', 'filehelper')
+        assert wechat.ask('lr 0.9', 'C').startswith('抱歉')
+        told = wechat.wait_text('允许', 'filehelper')
+        assert told == '小波 想下命令：“lr 0.9”。要是允许，就发“允许 小波”。'
+        wechat.says('B', '允许 小波')  # only the owner's word counts
+        wechat.says('A', '允许 小波')
+        wechat.wait_text('机主允许', 'C')
+        assert 'lr = 0.2' in wechat.ask('参数', 'C')
+        assert wechat.ask('参数', 'B').startswith('抱歉')
+        wechat.says('A', '参数', to='A')  # the owner's chat with oneself
+        wechat.wait_text('学习率', 'filehelper', len(wechat.heard('filehelper')))
+
+
+def test_what_was_repeated_for_want_of_an_answer_is_done_once(wechat, tmp_path):
+    with Program(tmp_path, env=wechat.env(), before=QUICK) as program:
+        wechat.ready()
+        wechat.breaking = lambda name: 1205 if name == 'webwxsendmsg' else None
+        wechat.says('B', 'lr x0.5')
+        program.wait_output('Ret 1205')
+        for text in ('状态', 'lr x0.5', '参数', 'lr x0.5'):
+            wechat.says('B', text)
+        program.wait_output('B：lr x0.5', 3)
+        wechat.breaking = without_fault
+        wechat.wait_text('已经做过一次')
+        assert 'lr = 0.25' in wechat.ask('参数') and 'lr = 0.125' in wechat.ask('lr x0.5')
 
 
 # ------------------------------------------------------------------------------------- 文件传输助手
@@ -2959,7 +3558,7 @@ def test_ten_thousand_messages_are_answered_only_if_they_are_commands(wechat, tm
             phases=[Phase.generate],
         )
         def talk(texts):
-            texts = [t for t in texts if not isinstance(utils.parse(t), str)]  # no 开始 here
+            texts = [t for t in texts if all(s.word == 'set' for s in utils.parse(t).commands)]  # no 开始
             so_far = len(wechat.heard())
             for text in texts:
                 wechat.says('B', text)
@@ -2970,8 +3569,7 @@ def test_ten_thousand_messages_are_answered_only_if_they_are_commands(wechat, tm
                 html.unescape(html.escape(t, quote=False).replace('\n', '<br/>').replace('<br/>', '\n'))
                 for t in texts
             ]
-            commands = [utils.parse(t) for t in arrived]
-            assert len(wechat.heard()) - so_far - 1 == sum(c is not None for c in commands)
+            assert len(wechat.heard()) - so_far - 1 == sum(bool(utils.parse(t)) for t in arrived)
             sent[0] += len(texts)
 
         wechat.says('B', '\U0001f600' * 250000)  # a megabyte
@@ -3129,11 +3727,11 @@ def test_what_strangers_write_cannot_steer_the_terminal(wechat, tmp_path):
     wechat.nicknames['C'] = 'C\x1b[2J\u202e'
     with Program(tmp_path, '--supervisor', 'B', env=wechat.env()) as program:
         wechat.ready()
-        wechat.ask('\x1b[31mlr\x1b[0m 1', 'C') if utils.parse('\x1b[31mlr\x1b[0m 1') else None
-        wechat.ask('lr \x1b[31m', 'C')
-        wechat.ask('lr 0.1\n23:59:59', 'C') if utils.parse('lr 0.1\n23:59:59') else None
+        wechat.ask('lr 0.9', 'C')
+        wechat.ask('lr \x1b[31m')
         output = program.output()
-        assert '\x1b' not in output and '\u202e' not in output and 'C\\x1b[2J\\u202e：lr \\x1b[31m' in output
+        assert '\x1b' not in output and '\u202e' not in output and 'C\\x1b[2J\\u202e：lr 0.9' in output
+        assert 'B：lr \\x1b[31m' in output
 
 
 def test_an_old_command_is_not_obeyed_after_a_start(wechat, tmp_path):
@@ -4520,6 +5118,8 @@ def test_two_processes_and_one_chat(wechat, images, tmp_path):
         deaths = ('watched.py', '第 2 个训练进程'), ('server', '求和进程'), ('scheduler', '一个训练进程')
         assert re.search('完成 3/.*', stopped)[0] in wechat.ask('继续')
         for what, name in deaths:
+            since = len(wechat.heard())
+            wechat.wait_text(r'第 \d+/100 轮\n', since=since)
             since = len(wechat.heard())
             wechat.wait_text(r'第 \d+/100 轮\n', since=since)  # there is a new checkpoint
             since = len(wechat.heard())

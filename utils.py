@@ -46,7 +46,13 @@ def take_role() -> list:
     What it starts itself must not take it for its own, so the mark goes from the environment.
     """
     starter, *mark = os.environ.pop(ROLE, '0').split()
-    return mark if mark and int(starter) == os.getppid() else ['']
+    if not mark or int(starter) == os.getppid():
+        return mark or ['']
+    try:  # somebody else's mark: a process started before this import does not have its line
+        os.fstat(int(mark[1]))
+    except (OSError, ValueError):
+        return ['']
+    sys.exit(1)  # the starter is gone already
 
 
 def is_started() -> bool:
@@ -575,19 +581,38 @@ class Memory:
         self.db = None
         self.in_file = False
         self.settled = True  # is all in the file itself, and on the disk?
+        self.identity = None  # of the file
 
     def open(self) -> None:
-        """Open the file, or a new one in the place of one that is damaged or that others may write."""
+        """Open the file, or a new one in the place of one that is damaged or that others may write.
+
+        Where it cannot be written, what it holds is taken into memory.
+        """
         trouble = self.trouble()
         if trouble:
             for path in glob.glob(glob.escape(self.path) + '*'):
                 os.replace(path, path + '.bad')
             say(f'{self.NAME} {trouble}，改名为 {self.NAME}.bad：监督人、三个值和没发出去的都忘记了。')
         try:
-            open(self.path, 'a', opener=functools.partial(os.open, mode=0o600)).close()
-            self.db, self.in_file = self.connect(self.path), True
-        except (OSError, sqlite3.Error):  # a folder that cannot be written: lock_folder() has said so
+            self.use_file()
+        except (
+            OSError,
+            sqlite3.Error,
+        ) as error:  # of a folder that cannot be written lock_folder() has said so
             self.db = self.connect(':memory:')
+            if os.path.exists(self.path):
+                say(f'{self.NAME} 写不了（{error}）：这次的事，程序重新启动就会忘记。')
+                with contextlib.suppress(sqlite3.Error), contextlib.closing(self.read_only()) as file:
+                    file.backup(self.db)
+
+    def use_file(self) -> None:
+        """Go on in the file, with all that was in memory. Raises OSError, sqlite3.Error."""
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        file = self.connect(self.path)
+        if self.db is not None:
+            self.db.backup(file)
+            self.db.close()
+        self.db, self.in_file, self.identity = file, True, os.stat(self.path)
 
     def connect(self, path: str) -> sqlite3.Connection:
         """Return a connection to a file with all tables in it."""
@@ -599,6 +624,16 @@ class Memory:
         db.executescript(self.TABLES)
         return db
 
+    def read_only(self) -> sqlite3.Connection:
+        """Return a connection that only reads the file; without its log where the disk is full."""
+        address = f'file:{urllib.parse.quote(self.path)}?mode=ro'
+        try:
+            db = sqlite3.connect(address, uri=True)
+            db.execute('SELECT count(*) FROM sqlite_master').fetchall()
+            return db
+        except sqlite3.OperationalError:
+            return sqlite3.connect(address + '&immutable=1', uri=True)
+
     def trouble(self) -> str:
         """Return why the file that is there is not to be used, '' if it is or there is none."""
         try:
@@ -608,12 +643,20 @@ class Memory:
         if not stat.S_ISREG(status.st_mode) or not is_own(status) or status.st_mode & 0o077:
             return '不是只有你能读写的文件，里面可能是别人放的东西'
         try:
-            with contextlib.closing(self.connect(self.path)) as db:
+            with contextlib.closing(self.read_only()) as db:
                 [[answer]] = db.execute('PRAGMA quick_check(1)')
-                for table in ('setting', 'person', 'letter', 'message', 'run'):
-                    db.execute(f'SELECT * FROM {table}').fetchall()
+                tables = [
+                    name for [name] in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+                ]
+                for table, columns in re.findall(r'EXISTS (\w+) \((.*?)\);', self.TABLES, re.S):
+                    names = re.findall(r'(\w+) (?:TEXT|INTEGER|REAL)', columns)
+                    rows = db.execute(f'SELECT {", ".join(names)} FROM {table}').fetchall() if tables else ()
+                    for row in rows if table in ('setting', 'run') else ():
+                        json.loads(row[-1])
             return '' if answer == 'ok' else '已损坏'
-        except (sqlite3.Error, ValueError):
+        except sqlite3.OperationalError as error:  # a full disk is no damage, but for what is not there
+            return '不是这个程序写的' if str(error).startswith('no such') else ''
+        except (sqlite3.Error, ValueError, TypeError):
             return '已损坏'
 
     def rows(self, sql: str, *values: Any) -> list:
@@ -655,17 +698,23 @@ class Memory:
         return json.loads(found[0][0]) if found else default
 
     def settle(self) -> None:
-        """Bring what is in the log into the file; if that could not be written, try again. Only one thread
-        does, without the guard: others need not wait for the disk."""
-        if self.in_file and not self.settled:
-            self.settled = True
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path)) as file:
-                file.execute('PRAGMA wal_checkpoint').fetchall()
-        if not self.in_file and os.path.exists(self.path):
-            with self.guard, contextlib.suppress(sqlite3.Error):
-                with contextlib.closing(self.connect(self.path)) as file:
-                    self.db.backup(file)
-                self.db, self.in_file = self.connect(self.path), True
+        """Bring what is in the log into the file; if that could not be written, or is gone, write it anew.
+
+        One thread does, without the guard in the usual case: others need not wait for the disk.
+        """
+        with contextlib.suppress(OSError, sqlite3.Error):
+            if self.in_file and os.path.exists(self.path) and self.is_same():
+                if not self.settled:
+                    self.settled = True
+                    with contextlib.closing(sqlite3.connect(self.path)) as file:
+                        file.execute('PRAGMA wal_checkpoint').fetchall()
+            elif os.access(FOLDER, os.W_OK):
+                with self.guard:
+                    self.use_file()
+
+    def is_same(self) -> bool:
+        """Return whether the file is the one that was opened: somebody may have put another in its place."""
+        return os.path.samestat(os.stat(self.path), self.identity)
 
     def close(self) -> None:
         """Leave one whole file."""
@@ -810,13 +859,14 @@ class People:
         """Another account has logged in, or the login is over: nobody is known any more."""
         with self.guard:
             self.known, self.by_key = {'filehelper': OWNER}, {0: OWNER}
-            memory.write(('DELETE FROM person',), ('DELETE FROM setting WHERE name = ?', 'account'))
+            memory.write(('DELETE FROM person',), ("DELETE FROM setting WHERE name IN ('account', 'owner')",))
         mail.forget()
 
     def keep(self, person: Person) -> None:
         """Write a person into the memory. Needs the guard."""
         if person is not OWNER:
-            row = person.user_name, person.nickname, person.remark, person.role, person.called, person.refused
+            names = map(printable, (person.nickname, person.remark))
+            row = person.user_name, *names, person.role, person.called, person.refused
             sql = 'INSERT OR REPLACE INTO person VALUES (?, ?, ?, ?, ?, ?, ?)'
             [person.key] = memory.write((sql, person.key, *row))
             self.by_key[person.key] = person
@@ -825,11 +875,20 @@ class People:
         """Return those who supervise. Needs the guard."""
         return [person for person in self.by_key.values() if person.role]
 
+    def say_who_supervises(self) -> None:
+        """Say it on the terminal where it is remembered and not on the command line."""
+        with self.guard:
+            names = '、'.join(visible(person.name) for person in self.supervisors())
+        if names and not options.supervisor:
+            say(f'监督人还是 {names}；要换，用 --supervisor 或 --logout。')
+
     def writer(self, msg: dict) -> Optional[Person]:
         """Return the friend, or the owner, who wrote a message; None for anybody else's."""
         user_name = msg['User'].get('UserName')
         if user_name == 'filehelper':  # the owner's note to oneself: its FromUserName is the owner's own
             return OWNER if msg['ToUserName'] == 'filehelper' else None
+        if msg['FromUserName'] == msg['ToUserName']:  # the owner's chat with oneself
+            return OWNER
         # Unequal: the owner writes to a friend. No NickName: not in the contacts, or WeChat itself.
         if user_name != msg['FromUserName'] or 'NickName' not in msg['User']:
             return None
@@ -846,25 +905,48 @@ class People:
                 self.keep(person)
         return person
 
-    def permit(self, person: Person, old: bool = False) -> bool:
-        """Return whether `person` may command; one who may not is told so, once.
+    def may_command(self, person: Person) -> bool:
+        """Return whether `person` may command already."""
+        with self.guard:
+            return person is OWNER or bool(person.role)
 
-        The first who commands may from then on, if nobody was named; an `old` command makes nobody the first.
+    def permit(self, person: Person, text: str, old: bool) -> bool:
+        """Return whether `person` may give the command `text`; one who may not is told so, once.
+
+        The first who commands may from then on, if nobody was named; not by an `old` command, nor when the
+        owner commands: then the owner decides.
         """
         with self.guard:
+            if person is OWNER and not old and not memory.get('owner'):
+                memory.write(set_setting('owner', True))
             nobody = person is not OWNER and not self.supervisors() and not options.supervisor
-            first = nobody and not old
-            permitted = nobody or person is OWNER or bool(person.role)
+            asks = nobody and not old and bool(memory.get('owner'))
+            first = nobody and not old and not asks
+            permitted = nobody and not asks or person is OWNER or bool(person.role)
             to_refuse = not permitted and not person.refused
             if first or to_refuse or person.key is None:
                 person.role = 'first' if first else person.role
                 person.refused |= to_refuse
                 self.keep(person)
         if first:
-            mail.put((person, '程序结束前，只有你（和机主）能下命令。'))
+            mail.put((person, '从现在起，只有你（和机主）能下命令。'))
         if to_refuse:
             mail.put((person, '抱歉，这里的训练由别人监督，你的命令没有执行。'))
+        if to_refuse and asks:
+            mail.put((OWNER, f'{person.name} 想下命令：“{text[:20]}”。要是允许，就发“允许 {person.name}”。'))
         return permitted
+
+    def allow(self, name: str = '') -> str:
+        """Let a friend command, at the owner's word; return the answer."""
+        friends = itchat.instance.get_friends()[1:]
+        with self.guard:
+            person = self.find(friends, name)
+            if person is None:
+                return f'没有一个好友叫“{name}”，或者不止一个：请写备注名，例如 允许 小波。'
+            person.role, person.refused = person.role or 'allowed', False
+            self.keep(person)
+        mail.put((person, '机主允许你下命令了，发“帮助”看有哪些。'))
+        return f'好，{person.name} 能下命令了。'
 
     def rename(self, friends: list) -> None:
         """Note the names of entries of the contacts that have changed."""
@@ -968,12 +1050,13 @@ COMMANDS = {
     'quiet': Command('安静', '就是报告 0'),
     'patience': Command('早停', '几轮没有更好就结束，0 不早停', ' 5'),
     'cancel': Command('取消', '不执行训练后的命令'),
+    'allow': Command('允许', '允许 小波：机主让好友小波也能下命令'),
     'help': Command('帮助', ''),
 }
 GROUPS = {  # of the help
     '训练': ('start', 'stop', 'resume', 'rollback', 'restart'),
     '查看': ('status', 'plot', 'mistakes', 'runs', 'params'),
-    '打扰多少': ('report', 'quiet', 'patience', 'cancel'),
+    '打扰多少': ('report', 'quiet', 'patience', 'cancel', 'allow'),
 }
 HELP = '\n'.join(
     [
@@ -983,40 +1066,11 @@ HELP = '\n'.join(
     + ['【设值】', 'lr 0.1：学习率，也可以 lr x0.5、lr /2', 'ti 5：训练几轮', 'bs 128：每批几张']
 )
 
-NAMES = {'lr': 'learning_rate', 'ti': 'training_iters', 'bs': 'batch_size'}
 LIMITS = {  # type, smallest, largest, what to write in Chinese
     'learning_rate': (float, 1e-9, 100, '学习率要大于 0、不超过 100，例如 lr 0.1'),
     'training_iters': (int, 1, 100000, '轮数要是 1 到 100000 的整数，例如 ti 5'),
     'batch_size': (int, 1, 10000, '批量要是 1 到 10000 的整数，例如 bs 128'),
 }
-
-
-def parse(text: str) -> Any:
-    """Return the command in a chat text: a word of COMMANDS, or it and its number, or a list of (name, value)
-    to set, both strings; None when it is no command.
-
-    >>> parse('LR＝０.１，ti 5')
-    [('learning_rate', '0.1'), ('training_iters', '5')]
-    """
-    if len(text) > 200:
-        return None
-    text = unicodedata.normalize('NFKC', text).lower()  # NFKC: full-width to ASCII
-    text = text.replace('\ufeff', '').strip().rstrip('。.!')
-    counted = re.fullmatch(r'(\D+?)[\s=:]*(\d{1,6})', text)
-    for word, command in COMMANDS.items():
-        if command.number and counted and counted[1] in (word, command.chinese):
-            return word, int(counted[2])
-        if (not command.number or command.optional) and text in (word, command.chinese):
-            return word
-    text = re.sub(r'\b(lr|learning_rate)[\s=:]*([x*/×÷])\s*', r'\1 \2', text).translate(
-        str.maketrans('×÷', 'x/')
-    )
-    parts = re.split(r'[\s=:,;、]+', text)
-    names = [NAMES.get(name, name) for name in parts[::2]]
-    values = parts[1::2]
-    if len(names) == len(values) and set(names) <= set(LIMITS) and all(v.isascii() and v for v in values):
-        return list(zip(names, values))
-    return None
 
 
 def read_value(name: str, text: str, now: float = 0) -> Any:
@@ -1034,6 +1088,195 @@ def read_value(name: str, text: str, now: float = 0) -> Any:
         if smallest <= value <= largest:
             return value
     raise ValueError(f'{text[:20]} 不行：{allowed}')
+
+
+NAMES = {  # how a person writes the three values; their short names come first
+    **{'lr': 'learning_rate', 'ti': 'training_iters', 'bs': 'batch_size'},
+    **{'学习率': 'learning_rate', '轮数': 'training_iters', '批量': 'batch_size'},
+    **{name: name for name in LIMITS},
+}
+WORDS = {spelling: word for word, command in COMMANDS.items() for spelling in (word, command.chinese)}
+IN_PHRASES = {*COMMANDS, 'ti', 'bs'}  # letters behind one of these are no value: stop it, ti amo, bs artist
+
+LONGEST, MOST_LINES, QUOTING = 200, 20, 20000  # characters that count, lines, characters with what is quoted
+DASHES = re.compile(r'(?m)^[^\S\n]*(?:[-–—─][^\S\n]*){3,}$')  # between what a reply quotes and the reply
+MENTION = re.compile(r'\A\s*[@＠](?:[^\u2005\n]*\u2005|\S+\s)')  # WeChat puts U+2005 behind the name
+ENDS = '.!?~,;:"\'。、⋯〜·•・–—―─′'  # beside brackets, quotation marks and emoji, which have categories
+PLAIN = str.maketrans(
+    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓‐‑‒–—―−⁄×÷',
+    '开继续状态线线错图记记录参数报静帮学习轮启启-------/x/',
+)
+
+BETWEEN = r'[\s=:,;、。]'
+NAME = '|'.join(NAMES)
+PAIR = re.compile(  # 学习率 lr = 0.1, lr0.1, lr x 0.5
+    rf'(?:({NAME})\s*(?={NAME}))?({NAME})(?:({BETWEEN}+)|(?=(?:[x*/]\s*)?\.?\d))'
+    rf'((?:[x*/]\s*)?[^\s=:,;、。]+){BETWEEN}*'
+)
+COMMA = re.compile(r'((?:lr|learning_rate|学习率)[\s=:]*[x*/]?\s*\d+),(\d+)(?![\d.])')  # lr 0,1
+BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?![a-z_])(.*)')
+NUMBER_LIKE = re.compile(r'[x*/+.-]*\d[!-~]*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+')
+
+
+class Said(NamedTuple):
+    """One command: a word of COMMANDS and its number, or 'set' and its values, and the line it was."""
+
+    word: str  # '' in understand(): almost a command
+    number: Optional[int]
+    values: list  # (name, text), for read_value(); of 'allow', who
+    text: str
+
+
+class Parsed(NamedTuple):
+    """What a message is: commands, then perhaps a line that is almost one. False when it is small talk."""
+
+    commands: list
+    almost: str
+
+    def __bool__(self) -> bool:
+        return bool(self.commands or self.almost)
+
+    @property
+    def complete(self) -> bool:
+        """Is every command of it valid? Relative learning rates are tried on 1."""
+        try:
+            for said in self.commands:
+                for name, text in said.values if said.word == 'set' else ():
+                    read_value(name, text, 1)
+        except ValueError:
+            return False
+        return bool(self.commands) and not self.almost
+
+
+def parse(text: str) -> Parsed:
+    """Read a message, line by line; a line of small talk makes all of it small talk.
+
+    >>> [(said.word, said.number, said.values) for said in parse('“ＬＲ：０。１，ti 5”\\n報告 3！').commands]
+    [('set', None, [('learning_rate', '0.1'), ('training_iters', '5')]), ('report', 3, [])]
+    >>> parse('开始\\n报告 x\\n停止').almost, parse('开始\\n吃饭')
+    ('报告 x', Parsed(commands=[], almost=''))
+    """
+    heard = [understand(line) for line in lines_of(text)]
+    if None in heard:
+        return Parsed([], '')
+    commands = list(itertools.takewhile(lambda said: said.word, heard))
+    return Parsed(commands, next((said.text for said in heard if not said.word), ''))
+
+
+def lines_of(text: str) -> list:
+    """Return the lines that count, without what phones add; none when there is too much of it.
+
+    >>> lines_of('「A：停止」<br/>- - - - - -<br/>@小号\\u2005“开始”🚀\\n\\u200blr\\n0.1。')
+    ['开始', 'lr 0.1']
+    """
+    if len(text) > QUOTING:
+        return []
+    text = text.replace('<br/>', '\n')
+    if '「' in text:
+        text = DASHES.split(text)[-1]  # the last: what is quoted may quote
+    if len(text) > LONGEST:
+        return []
+    text = ''.join(c for c in text if unicodedata.category(c) not in ('Cf', 'Mn', 'Me'))  # nothing to see
+    text = MENTION.sub('', text)
+    text = re.sub('[⁰¹²³⁴-⁹⁻]+', r'^\g<0>', text)  # or 10⁻³ would be 10-3, and 2⁷ 27
+    text = unicodedata.normalize('NFKC', text)  # full-width to ASCII
+    text = re.sub(r'\n[\s=:,;、]*(?=[x*/×÷+−-]?[.。]?\d)', ' ', text)  # a number belongs to the line above
+    lines = [line for line in map(strip_ends, text.split('\n')) if line]
+    return lines if len(lines) <= MOST_LINES else []
+
+
+def strip_ends(line: str) -> str:
+    """Return a line without the quotation marks, the punctuation and the emoji around it.
+
+    >>> strip_ends('👍🏻「lr 5%」...!')
+    'lr 5%'
+    """
+    return line.strip(''.join(filter(decorates, line)))
+
+
+def decorates(c: str) -> bool:
+    """Return whether a character at an end of a line means nothing."""
+    category = unicodedata.category(c)
+    return c.isspace() or c in ENDS or category in ('So', 'Sk', 'Pi', 'Pf', 'Ps', 'Pe') and c not in '^`'
+
+
+def understand(line: str) -> Optional[Said]:
+    """Return the command in a line; without a word when it is almost one, None when it is small talk."""
+    key = re.sub(r'。(?=\d)', '.', line.lower().translate(PLAIN))
+    key = COMMA.sub(r'\1.\2', key)
+    values = read_pairs(key)
+    if values:
+        return Said('set', None, values, line)
+    named = re.fullmatch(r'(?:允许|允許|allow)\s+(\S.{,40})', line)
+    if named:
+        return Said('allow', None, [named[1]], line)
+    found = BEGINNING.fullmatch(key)
+    if not found:
+        return None
+    spelling, rest = found.groups()
+    if spelling in WORDS:
+        word, command = WORDS[spelling], COMMANDS[WORDS[spelling]]
+        number = re.fullmatch(r'[\s=:]*(\d{1,6})', rest)
+        if command.number and number:
+            return Said(word, int(number[1]), [], line)
+        if not rest and (not command.number or command.optional):
+            return Said(word, None, [], line)
+    return Said('', None, [], line) if is_attempt(spelling, rest) else None
+
+
+def explain(line: str) -> str:
+    """Return what is wrong with a line that is almost a command, and an example.
+
+    >>> explain('报告')
+    '“报告”没看懂，没有执行：“报告”后面要有一个数，例如 报告 5。'
+    """
+    spelling = BEGINNING.fullmatch(line.lower().translate(PLAIN))[1]
+    how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1] if spelling in NAMES else ''
+    if not how:
+        command = COMMANDS[WORDS[spelling]]
+        example = f'一个数，例如 {command.chinese}{command.number}'
+        if command.number and not command.optional:
+            how = f'“{command.chinese}”后面要有{example}'
+        else:
+            how = f'“{command.chinese}”后面什么也不写' + (f'，或写{example}' if command.number else '')
+    return f'“{line[:20]}”没看懂，没有执行：{how}。'
+
+
+def read_pairs(key: str) -> list:
+    """Return [(name, text)] when a line is nothing but values to set, else []. The texts may be wrong ones.
+
+    >>> read_pairs('学习率 lr = 0.05, ti3'), read_pairs('lr abc'), read_pairs('ti amo')
+    ([('learning_rate', '0.05'), ('training_iters', '3')], [('learning_rate', 'abc')], [])
+    """
+    pairs, at = [], 0
+    while at < len(key):
+        found = PAIR.match(key, at)
+        if not found:
+            return []
+        first, name, between, text = found.groups()
+        is_value = name not in IN_PHRASES or '=' in (between or '') or NUMBER_LIKE.fullmatch(text)
+        if NAMES[first or name] != NAMES[name] or not text.isascii() or not is_value:
+            return []
+        pairs.append((NAMES[name], re.sub(r'\s', '', text)))
+        at = found.end()
+    return pairs
+
+
+def is_attempt(spelling: str, rest: str) -> bool:
+    """Return whether what stands behind a word is meant as a number: nothing, numbers, or a lone token.
+
+    >>> is_attempt('报告', ''), is_attempt('早停', ' 5轮'), is_attempt('开始', ' abc')
+    (True, True, True)
+    >>> is_attempt('stop', ' it'), is_attempt('开始', '吃饭')
+    (False, False)
+    """
+    rest = re.sub(r'(?<=\d)\s*[轮次张个]$', '', rest)
+    parts = [part for part in re.split(f'{BETWEEN}+', rest) if part]
+    names = NAMES if spelling in NAMES else ()
+    numbers = all(NUMBER_LIKE.fullmatch(part) or part in names for part in parts)
+    lone = len(parts) == 1 and parts[0].isascii() and not rest.startswith(parts[0])
+    lone = lone and (spelling not in IN_PHRASES or '=' in rest)
+    return len(rest) <= 12 and (numbers or lone)
 
 
 def values_text(lr: float, ti: int, bs: int) -> str:
@@ -1118,6 +1361,12 @@ class Mail:
         """Wait until everything is sent; return False when it was not in `timeout` seconds."""
         with self.changed:
             return self.changed.wait_for(lambda: not self.unsent(), timeout)
+
+    def is_stuck(self, person: Person) -> bool:
+        """Return whether something for this person has not got through."""
+        with self.changed:
+            outbox = self.outboxes.get(person)
+            return bool(outbox and outbox.letters and (outbox.late or not self.online))
 
     def unsent(self) -> int:
         """Return how many letters wait. Needs `changed`, or to be content with about."""
@@ -1690,6 +1939,8 @@ class WeChat(itchat.Core, Client):
             people.find_again([str(self.loginInfo.get('wxuin')), str(self.storageClass.nickName)])
         mail.set_online(True)
         say(f'已登录：{visible(self.storageClass.nickName)}。请{self.hint}。')
+        if not self.logins:
+            people.say_who_supervises()
         self.logins += 1
         self.call_back('loginCallback')
 
@@ -1957,7 +2208,6 @@ class WeChat(itchat.Core, Client):
                         mail.set_online(False)
                         say(f'微信断开了（{type(error).__name__}），训练不受影响；连上以后接着说。')
                     self.pause(failures)
-        self.call_back('exitCallback')
         self.end()
 
     def pause(self, failures: int) -> None:
@@ -2339,9 +2589,10 @@ class Order(NamedTuple):
 
     def words(self) -> dict:
         """Return what the training process is told."""
-        command = 'resume' if self.path else parse(self.text)
+        parsed = parse(self.text)
+        commands = [said._asdict() for said in parsed.commands]
         who = {'person': self.person.key, 'name': self.person.name}
-        return {'id': self.id, **who, 'command': command, 'path': self.path}
+        return {'id': self.id, **who, 'commands': commands, 'almost': parsed.almost, 'path': self.path}
 
 
 class State(enum.Enum):
@@ -2370,6 +2621,7 @@ class Trainer:
         self.requests = queue.SimpleQueue()  # the first login, the first run(): for the main thread
         self.orders = {}  # id -> Order: not answered yet, in order
         self.sent = {}  # id -> when it was given to the training process
+        self.unheard = {}  # Person -> what was asked for since an answer did not get through
         self.run = {}  # what is known of the last run: number, person, ending, folder, checkpoint, how_far
         self.told = {}  # what it has said when it called run(): handlers, values
         self.session = self.ending = self.restarting = False  # session: has the main thread logged in?
@@ -2396,7 +2648,7 @@ class Trainer:
         sql = 'SELECT id, person, text, written FROM message WHERE waiting ORDER BY rowid'
         for number, key, text, written in memory.rows(sql):
             order = Order(number, people.by_key.get(key, OWNER), text)
-            if time.time() - written > 600 or not parse(text):
+            if time.time() - written > 600 or not parse(text).commands:
                 mail.put((order.person, too_old(text)), also=[done(number)])
             else:
                 self.orders[number] = order
@@ -2450,7 +2702,7 @@ class Trainer:
                 os.killpg(process.pid, signal.SIGKILL)
         waiter.join()
         for reader in readers:
-            reader.join(1)  # something that has left the group may hold the stream
+            reader.join(0.3)  # something that has left the group may hold the stream
 
     def is_over(self, status: int, megabytes: float, last_words: Iterable) -> None:
         """The process has ended: with a word of good-bye, before it began, or by a death."""
@@ -2458,12 +2710,16 @@ class Trainer:
             was, self.state = self.state, State.GONE
             if was is State.GONE:
                 return
-            if was is State.STARTING and not self.told and self.asked and status < 0 and not self.ending:
-                self.start()  # killed while somebody looks for a phone
-            elif was is State.STARTING and not self.told:  # it never got as far as run()
-                self.status = status if status >= 0 else 128 - status
+            killed = status < 0 and self.asked and not self.ending and self.deaths + 1 < self.DEATHS
+            if was is State.STARTING and not self.told and killed and not self.session:
+                self.deaths += 1
+                self.start()  # while somebody looks for a phone
+            elif was is State.STARTING and not self.told and not (killed and self.session):
+                self.status = status if status >= 0 else 128 - status  # it never got as far as run()
                 self.requests.put(None)
-            elif self.bye is not None and not self.restarting:
+            elif was is State.STARTING and self.ending:
+                pass  # it was asked to before it could say anything
+            elif self.bye is not None and (self.ending or not self.restarting):
                 self.status = self.bye
                 if self.again and not self.ending:
                     self.start()
@@ -2477,7 +2733,7 @@ class Trainer:
         asked, going = self.restarting, bool(self.run) and self.run.get('ending') is None
         if not asked:
             self.deaths = 1 if self.progress else self.deaths + 1
-        cannot_start = was is State.STARTING and status > 0 and not self.why
+        cannot_start = was is State.STARTING and status > 0 and not self.why and not asked
         lines = [f'训练的进程没有了：{self.cause(status, megabytes)}（主机 {socket.gethostname()}）']
         if cannot_start:
             words = [line for line in last_words if line.strip()]
@@ -2487,7 +2743,7 @@ class Trainer:
         process_can_start = self.process is not None
         again = not self.ending and process_can_start and not cannot_start
         again = again and (asked or self.deaths < self.DEATHS or isinstance(itchat.instance, Silent))
-        kept = self.saved or asked and self.run.get('checkpoint')
+        kept = (self.saved or asked) and self.run.get('checkpoint')
         resumes = bool(again and going and kept and not self.run.get('stopping'))
         lines += self.what_follows(again, resumes, process_can_start)
         statements = self.refuse_orders(cannot_start)
@@ -2609,50 +2865,76 @@ class Trainer:
                 if len(self.downloads) > 100:
                     self.downloads.popitem(last=False)
             msg = {**msg, 'User': dict(msg['User'])}
+            if self.line.waiting.qsize() > 1000:  # it does not read: these are not commands
+                return
             self.line.send('message', chat=chat, msg={k: v for k, v in msg.items() if not callable(v)})
 
     def hear(self, msg: dict) -> bool:
         """Accept a command; return False when a message is none, or nobody's who could command."""
-        command = parse(msg['Text'])
-        person = people.writer(msg) if command else None
-        if person is None:
+        parsed = parse(msg['Text'])
+        person = people.writer(msg) if parsed else None
+        if person is None or any(said.word == 'allow' for said in parsed.commands) and person is not OWNER:
             return False
+        if not parsed.complete and not people.may_command(person):
+            return True  # a friend's small talk that looks like one
         name, text, old = visible(person.name), msg['Text'].strip(), is_old(msg)
         itchat.instance.log(f'{name}：{visible(text)}')
         if memory.rows('SELECT 1 FROM message WHERE id = ?', msg['MsgId']):
             return True  # the server sends it again
-        if not people.permit(person, old):
+        if not people.permit(person, text, old):
             itchat.instance.log(f'{name} 不能下命令')
             return True
-        order = Order(msg['MsgId'], person, msg['Text'])
+        self.accept(Order(msg['MsgId'], person, msg['Text']), parsed, old)
+        return True
+
+    def accept(self, order: Order, parsed: Parsed, old: bool) -> None:
+        """Answer a command of somebody who may give it, or have it carried out."""
         sql = 'INSERT INTO message (id, person, text, written, tries, waiting) VALUES (?, ?, ?, ?, 0, ?)'
-        row = sql, order.id, person.key, order.text, time.time()
+        row = sql, order.id, order.person.key, order.text, time.time()
         with self.guard:
-            answer = too_old(text) if old else self.own_answer(command)
+            answer = too_old(order.text) if old else self.repeated(order, parsed)
+            if not answer and len(parsed.commands) + bool(parsed.almost) == 1:
+                answer = self.own_answer(parsed.commands[0]) if parsed.commands else explain(parsed.almost)
             if answer:
-                mail.put((person, answer), also=[(*row, 0)])
-                return True
+                mail.put((order.person, answer), also=[(*row, 0)])
+                return
             memory.write((*row, 1), *forget_messages())
             self.orders[order.id] = order
             if self.state is State.READY:
                 self.hand_over(order)
             elif self.state is State.GONE and not self.ending:
                 self.start()
-        return True
 
-    def own_answer(self, command: Any) -> str:
+    def repeated(self, order: Order, parsed: Parsed) -> str:
+        """Return what to say to a command that was only repeated because no answer came, else ''.
+
+        It is one when nobody has been answered since, and nothing else was asked for but to see something.
+        """
+        said = [(said.word, said.number, said.values) for said in parsed.commands]
+        if not mail.is_stuck(order.person):
+            self.unheard[order.person] = []
+        before = self.unheard.setdefault(order.person, [])
+        if said in before and not all(word in SHOWING for word, *_ in said):
+            return f'“{order.text.strip()[:20]}”已经做过一次了，那时没能回答；没有再做。'
+        if not all(word in SHOWING for word, *_ in said):
+            before[:] = [said]
+        return ''
+
+    def own_answer(self, said: Said) -> str:
         """Return the answer to a command that the talking process carries out itself, else ''.
 
         That is what the training process cannot do while it is not there. Needs the guard.
         """
-        if command == 'cancel':
+        if said.word == 'cancel':
             return '好，不执行了。' if countdown.cancel() else '没有要取消的。'
-        if command == 'restart':
+        if said.word == 'restart':
             return self.restart()
-        if command == 'status' and self.state is not State.READY:
+        if said.word == 'allow':
+            return people.allow(*said.values)
+        if said.word == 'status' and self.state is not State.READY:
             return self.status_without_it()
-        if self.state is State.GONE and command in ('params', 'help'):
-            return self.values() if command == 'params' else HELP
+        if self.state is State.GONE and said.word in ('params', 'help'):
+            return self.values() if said.word == 'params' else HELP
         return ''
 
     def hand_over(self, order: Order) -> None:
@@ -2661,9 +2943,10 @@ class Trainer:
         self.line.send('order', **order.words())
 
     def wait_answered(self, number: str) -> None:
-        """Wait until the message with this id is answered."""
+        """Wait until the message with this id is answered, or it is told that it is not."""
         with self.guard:
-            self.guard.wait_for(lambda: number not in self.orders)
+            done = lambda: number not in self.orders or self.state is State.GONE  # noqa: E731
+            self.guard.wait_for(lambda: done() or self.sent.get(number) == math.inf)
 
     def restart(self) -> str:
         """End the process, by force if it does not want to, and start it again. Needs the guard."""
@@ -2676,16 +2959,20 @@ class Trainer:
         if not self.restarting:
             self.restarting = True
             self.line.send('end', stop=True, pause=True)
-            timer = threading.Timer(self.PATIENCE, self.kill_this, args=(self.process,))
-            timer.daemon = True
-            timer.start()
+            self.kill_later()
         return '好，重新启动训练的进程。'
 
-    def kill_this(self, process: Any) -> None:
-        """End a process that does not want to, unless it is gone."""
-        with self.guard:
-            if self.process is process:
-                self.kill()
+    def kill_later(self) -> None:
+        """End the process by force unless it ends by itself. Needs the guard."""
+
+        def kill(process=self.process):
+            with self.guard:
+                if self.process is process:
+                    self.kill()
+
+        timer = threading.Timer(self.PATIENCE, kill)
+        timer.daemon = True
+        timer.start()
 
     def status_without_it(self) -> str:
         """Return where things stand as far as the talking process knows. Needs the guard."""
@@ -2767,7 +3054,8 @@ class Trainer:
             if order is not None:
                 also = [done(id), *(set_setting(*item) for item in settings.items())]
                 if run:
-                    self.run = {**({} if run.get('begun') else self.run), **run}
+                    self.saved &= 'begun' not in run
+                    self.run = {**({} if 'begun' in run else self.run), **run}
                     also.append(self.run_row())
                 mail.put(*((order.person, letter) for letter in letters), also=also)
             self.guard.notify_all()
@@ -2798,6 +3086,8 @@ class Trainer:
     def call(self, line: Line, n: int, name: str, args: list, kwargs: dict) -> None:
         """Call a function of the client's, or fetch a file that came with a message; send what it returns."""
         try:
+            if 'file_' in kwargs:
+                kwargs['file_'] = io.BytesIO(base64.b64decode(kwargs['file_']['bytes']))
             function = self.downloads[args.pop(0)] if name == 'download' else getattr(itchat.instance, name)
             line.send('reply', n=n, value=function(*args, **kwargs))
         except Exception as error:
@@ -2817,6 +3107,8 @@ class Trainer:
             self.bye, self.again = status, again
             if self.process is None:  # it waits for this one's end
                 self.is_over(0, 0, ())
+            else:
+                self.kill_later()
 
     def do_progress(self) -> None:
         """It has got somewhere: what comes is not the death before once more."""
@@ -2856,6 +3148,7 @@ class Trainer:
                 text += '它要是卡住了，发“重启”。'
                 mail.put((order.person, text))
                 self.sent[number] = math.inf
+                self.guard.notify_all()
 
     def news(self) -> str:
         """Return what to say when no batch was done for long, or one at last; '' when there is nothing."""
@@ -2871,6 +3164,9 @@ class Trainer:
         self.silent = True
         where = place_in_words(at['epochs'], at['batch'] + 1, at['batches'], '')
         return f'已经 {duration(silence)}没有算完一批，停在{where}（主机 {socket.gethostname()}）'
+
+
+SHOWING = 'status', 'params', 'help', 'plot', 'mistakes', 'runs'  # what changes nothing
 
 
 def done(number: str) -> tuple:
@@ -2916,6 +3212,7 @@ def copy_output(number: int, stream: int, last_words: collections.deque) -> None
                 *lines, rest = (rest + content).split(b'\n')
                 last_words += [line.decode('utf-8', 'replace') for line in lines]
                 rest = rest[-1000:]
+    last_words.append(rest.decode('utf-8', 'replace'))
 
 
 def oom_kills() -> list:
@@ -3030,6 +3327,7 @@ if TALKS:
 
 # ------------------------------------------------------------------------------------- before MXNet
 
+import atexit
 import csv
 import ctypes
 import faulthandler
@@ -4690,9 +4988,9 @@ class Run:
 
         def picture():
             path = self.write('curve.png', '曲线图', draw)
-            return Letter(path, 'picture') if path else Letter('曲线图没有画成。')
+            return Letter(path, 'picture') if path else '曲线图没有画成。'
 
-        return picture
+        return trying('图没有画成', picture)
 
     # -- its files
 
@@ -4725,6 +5023,19 @@ class Run:
                     self.tell(f'{what}没有写成：{first_line(error)}\n训练继续，以前写的还在。')
                 self.unwritten.add(what)
             return None
+
+
+def trying(what: str, function: Callable) -> Callable:
+    """Return a function that does what `function` does, and returns `what` has happened if that raises."""
+
+    def tried():
+        try:
+            return function()
+        except Exception as error:
+            print_traceback()
+            return f'{what}：{first_line(error)}'
+
+    return tried
 
 
 def calls(function: Optional[Callable], name: str) -> bool:
@@ -5050,26 +5361,37 @@ class Settings:
 class Commands:
     """What each word of COMMANDS does: a method of its name, which returns the answer.
 
-    That is a text, a Letter, or a function for the drawing thread that returns one. The listening thread
+    That is a text, or a function for the drawing thread that returns one or a Letter. The listening thread
     calls them with an Asked and holds `lock`.
     """
 
     def __init__(self, nn_train: Callable):
         self.nn_train = nn_train
         self.runs_so_far = 0
-        self.news = {}  # what a command has done that is to be remembered of the run
+        self.news = {}  # what the commands have done that is to be remembered of the run
+        self.wrong = False  # was one of them wrong?
 
-    def carry_out(self, command: Any, asked: Asked) -> Any:
-        """Carry out what parse() has found and return the answer."""
+    def carry_out(self, commands: list, almost: str, asked: Asked) -> list:
+        """Carry out commands, from dicts of Said, up to the first wrong one; return the answers."""
+        answers, self.news, self.wrong = [], {}, False
+        for said, following in zip(commands, [*commands[1:], None]):
+            answers.append(self.obey(said, asked))
+            if said['word'] == 'set' and (self.wrong or not following or following['word'] != 'set'):
+                answers[-1] = '\n'.join([answers[-1], values_now()]).strip()
+            if self.wrong:
+                rest = following['text'] if following else almost
+                return answers + [f'从“{rest[:20]}”起没有执行。'] * bool(rest)
+        return [*answers, explain(almost)] if almost else answers
+
+    def obey(self, said: dict, asked: Asked) -> Any:
+        """Carry out one command and return the answer."""
         try:
-            if isinstance(command, str):
-                return getattr(self, command)(asked)
-            if isinstance(command[0], str):
-                word, number = command
-                return getattr(self, word)(asked._replace(number=number))
-            return self.set_values(command)
+            if said['word'] == 'set':
+                return self.set_values(said['values'])
+            return getattr(self, said['word'])(asked._replace(number=said['number'] or 0))
         except Exception as error:  # the person would wait for an answer
             print_traceback()
+            self.wrong = True
             return f'程序出错：{type(error).__name__}: {first_line(error)}'
 
     # -- runs
@@ -5101,7 +5423,7 @@ class Commands:
             value if name in settings.chosen else kept
             for name, value, kept in zip(LIMITS, mine, state['params'])
         )
-        if state['epochs'] >= ti:
+        if state['epochs'] >= ti and not asked.path:
             more = state['epochs'] + 3
             return f'上次的 {state["epochs"]} 轮都训练完了。要再训练，先发 ti {more}，再发“继续”。'
         waiting = missing_processes()
@@ -5172,7 +5494,7 @@ class Commands:
             write_whole(path, functools.partial(draw_curve, **found.drawn()))
             return Letter(path, 'picture')
 
-        return picture
+        return trying('图没有画成', picture)
 
     def mistakes(self, asked: Asked) -> Any:
         """Draw the test examples that the network got wrong, the surest first."""
@@ -5184,13 +5506,13 @@ class Commands:
 
         def picture():
             path = this_run.write('mistakes.png', '错图', functools.partial(draw_mistakes, mistakes))
-            return Letter(path, 'picture') if path else Letter('错图没有画成。')
+            return Letter(path, 'picture') if path else '错图没有画成。'
 
-        return picture
+        return trying('图没有画成', picture)
 
     def runs(self, asked: Asked) -> Callable:
         """List the last runs, so that they can be compared."""
-        return runs_text  # reading them takes a moment, which the lock must not
+        return trying('记录没有读成', runs_text)  # reading takes a moment, which the lock must not
 
     def params(self, asked: Asked) -> str:
         """Say the three values."""
@@ -5233,7 +5555,15 @@ class Commands:
                     answer.append(f'{text_of(name)}：{apply_to_run(name)}')
             except ValueError as error:
                 answer.append(str(error))
-        return '\n'.join([*answer, values_now()])
+                self.wrong = True
+        return '\n'.join(answer)
+
+    def alone(self, asked: Asked) -> str:
+        """Say that a command is the talking process's, which carries it out only by itself."""
+        self.wrong = True
+        return '“重启”“取消”“允许”请单独发一条。'
+
+    cancel = restart = allow = alone
 
 
 def is_busy() -> str:
@@ -5243,7 +5573,7 @@ def is_busy() -> str:
     return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.busy else ''
 
 
-def runs_text() -> Letter:
+def runs_text() -> str:
     """Return a line for each of the last eight runs, the best one marked."""
     lines, accuracies = [], []
     for number, folder in enumerate(run_folders()[:8], 1):
@@ -5259,10 +5589,10 @@ def runs_text() -> Letter:
         lines.append(f'{number}. {when} {values}，{len(found.history)} 轮，{best:.3f}，{ended}')
         accuracies.append(best)
     if not lines:
-        return Letter('还没有训练过。')
+        return '还没有训练过。'
     lines[accuracies.index(max(accuracies))] += ' ★'
     last = min(2, len(lines))
-    return Letter('\n'.join([*lines, f'“曲线 {last}”画第 {last} 次的。']))
+    return '\n'.join([*lines, f'“曲线 {last}”画第 {last} 次的。'])
 
 
 def apply_to_run(name: str) -> str:
@@ -5367,7 +5697,9 @@ class Remote(itchat.Core):
         self.pausing = False  # is what is going on to go on after a restart?
         self.signal_came = 0.0
         self.drawing = concurrent.futures.ThreadPoolExecutor(1, 'drawing')
-        self.handling = concurrent.futures.ThreadPoolExecutor(1, 'handlers')
+        self.handling = Worker('handlers')
+        self.printing = Worker('printing')
+        self.orphaned = False  # has nobody talked for a while?
 
     # -- what the script calls
 
@@ -5378,15 +5710,17 @@ class Remote(itchat.Core):
 
         Takes itchat's qrCallback, loginCallback and exitCallback.
         """
+        if self.line is not None:
+            return  # there is a session
         make_streams_safe()
-        if self.line is None:
-            self.connect()
+        self.connect()
         self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
         how = {'hotReload': bool(hotReload), 'statusStorageDir': statusStorageDir}
         self.line.send('login', given=vars(options), how={**how, 'callbacks': list(self.callbacks)})
         threading.Thread(target=self.listen, name='listening', daemon=True).start()
         answer = self.admitted.get()
         if answer['do'] == 'exit':
+            self.line.send('bye', status=answer['status'])
             self.exit(answer['status'])
         with waiting_for('在等上一个训练进程存完检查点'):
             self.folder_lock = lock_folder(1, wait=True)
@@ -5422,6 +5756,7 @@ class Remote(itchat.Core):
     def run(self, debug: bool = False, blockThread: bool = True) -> None:
         """Train whenever somebody says so, until the end of the program."""
         if not blockThread:
+            atexit.register(lambda: self.line.send('bye', status=int(hasattr(sys, 'last_value'))))
             threading.Thread(target=self.run, name='training', daemon=True).start()
             return
         self.get_ready()
@@ -5444,14 +5779,18 @@ class Remote(itchat.Core):
         """Say good-bye and end the process; `again`: to be started anew."""
         self.drawing.shutdown()
         team.end()
-        if 'exitCallback' in self.callbacks:
-            self.do_call_back('exitCallback', {}).result()
+        if not again and not self.pausing:
+            self.do_call_back('exitCallback', {})
+            self.handling.wait(2)
         self.line.send('bye', status=status, again=again)
-        self.exit(status if self.talker is None else self.talker.wait())
+        if self.talker is not None:
+            status = self.talker.wait()
+            self.printing.wait(2)
+        self.exit(status)
 
     def exit(self, status: int) -> None:
-        """End the process; several of them by force: MXNet would wait for the others."""
-        if team.size > 1:
+        """End the process; by force where MXNet would wait for others, or this is not the main thread."""
+        if team.size > 1 or threading.current_thread() is not threading.main_thread():
             sys.stdout.flush()
             os._exit(status)
         sys.exit(status)
@@ -5467,6 +5806,8 @@ class Remote(itchat.Core):
         number, answers = next(self.numbers), queue.SimpleQueue()
         self.replies[number] = answers
         self.line.send('call', n=number, name=name, args=args, kwargs=kwargs)
+        if self.orphaned:
+            answers.put(NOBODY)
         answer = answers.get()
         if 'error' in answer:
             raise RuntimeError(f'itchat.{name}：{answer["error"]}')
@@ -5498,26 +5839,20 @@ class Remote(itchat.Core):
         """Send letters to the run's starter and the supervisors, and what is to be remembered of the run."""
         self.report('tell', letters=[letter._asdict() for letter in letters], run=facts)
 
-    def answer(self, number: str, answer: Any, news: dict) -> None:
-        """Answer a command: with a text or a Letter; the effects go with it. Needs the lock."""
-        letter = answer if isinstance(answer, Letter) else Letter(answer)
+    def answer(self, number: str, answers: list, news: dict) -> None:
+        """Answer commands, texts in one message, with Letters; the effects go with it. Needs the lock."""
+        texts = [text for text in answers if isinstance(text, str) and text]
+        letters = [Letter('\n\n'.join(texts))] if texts else []
+        letters += [letter for letter in answers if isinstance(letter, Letter)]
         kept = settings.kept()
         changed = {name: value for name, value in kept.items() if self.sent.get(name) != value}
         self.sent = kept
-        letters = [letter._asdict()] if letter.content else []
+        letters = [letter._asdict() for letter in letters]
         self.report('answered', id=number, letters=letters, settings=changed, run=news)
-
-    def draw(self, draw: Callable, what: str = '图没有画成') -> Letter:
-        """Return what a command's function returns, or what to say when it fails: by the drawing thread."""
-        try:
-            return draw()
-        except Exception as error:
-            print_traceback()
-            return Letter(f'{what}：{first_line(error)}')
 
     def draw_for(self, this_run: Run, draw: Callable) -> None:
         """Draw something and send it to all who hear of the run."""
-        self.drawing.submit(lambda: self.tell([self.draw(draw)], {}))
+        self.drawing.submit(lambda: this_run.tell(draw()))
 
     def bar(self) -> dict:
         """Return how tqdm is to show how far an epoch is: on the terminal of the talking process."""
@@ -5535,8 +5870,9 @@ class Remote(itchat.Core):
                 getattr(self, 'do_' + message['do'])(**{k: v for k, v in message.items() if k != 'do'})
             except Exception:
                 print_traceback()
+        self.orphaned = True  # before the replies: who calls from now on sees it
         for answers in list(self.replies.values()):
-            answers.put({'error': '说话的进程没有了'})
+            answers.put(NOBODY)
         self.admitted.put({'do': 'exit', 'status': 1})
         timer = threading.Timer(self.ORPHANED, os._exit, [1])
         timer.daemon = True
@@ -5558,23 +5894,26 @@ class Remote(itchat.Core):
             self.pausing = pause or self.pausing
             if stop and self.commands:
                 self.commands.stop()
-        self.admitted.put({'do': 'exit', 'status': 1})
+        self.admitted.put({'do': 'exit', 'status': 0})
         self.jobs.put(None)
 
-    def do_order(self, id: str, person: Optional[int], name: str, command: Any, path: str) -> None:
-        """Carry out a command."""
+    def do_order(
+        self, id: str, person: Optional[int], name: str, commands: list, almost: str, path: str
+    ) -> None:
+        """Carry out the commands of a message."""
+        if path:
+            commands, almost = [{'word': 'resume', 'number': None, 'values': []}], ''
         with lock:  # the answer is sent before it is let go: no report of the run overtakes it
-            self.commands.news = {}
-            answer = self.commands.carry_out(command, Asked(Caller(person, name), 0, path))
-            news = self.commands.news
-            if not callable(answer):
-                self.answer(id, answer, news)
+            answers = self.commands.carry_out(commands, almost, Asked(Caller(person, name), 0, path))
+            news = self.commands.news or ({'ending': '中断', 'ended': time.time()} if path else {})
+            if not any(map(callable, answers)):
+                self.answer(id, answers, news)
                 return
 
         def draw():
-            letter = self.draw(answer, *['没有答成'] * (command in ('status', 'runs')))
+            drawn = [answer() if callable(answer) else answer for answer in answers]
             with lock:
-                self.answer(id, letter, news)
+                self.answer(id, drawn, news)
 
         self.drawing.submit(draw)
 
@@ -5586,27 +5925,20 @@ class Remote(itchat.Core):
         msg['User'].core = self
         if 'Text' not in msg:
             msg['Text'] = functools.partial(self.call, 'download', msg['MsgId'])
-        self.handling.submit(self.handle, self.functionDict[chat].get(msg['Type']), msg)
+        self.handling.put(functools.partial(self.handle, self.functionDict[chat].get(msg['Type']), msg))
 
     def handle(self, handler: Optional[Callable], msg: dict) -> None:
         """Call a handler, and send what it returns to the chat that the message is from."""
-        try:
-            answer = handler(msg)
-            if answer is not None:
-                self.send(answer, msg.get('FromUserName'))
-        except Exception:
-            print_traceback()
+        answer = handler(msg)
+        if answer is not None:
+            self.send(answer, msg.get('FromUserName'))
 
-    def do_call_back(self, name: str, how: dict) -> Any:
+    def do_call_back(self, name: str, how: dict) -> None:
         """Call the script's own qrCallback, loginCallback or exitCallback."""
 
-        def call():
-            try:
-                self.callbacks.get(name, lambda **how: None)(**{k: self.revive(v) for k, v in how.items()})
-            except Exception:
-                print_traceback()
-
-        return self.handling.submit(call)
+        function = self.callbacks.get(name)
+        if function:
+            self.handling.put(lambda: function(**{key: self.revive(value) for key, value in how.items()}))
 
     def do_reply(self, n: int, **answer: Any) -> None:
         """The answer to call()."""
@@ -5615,7 +5947,8 @@ class Remote(itchat.Core):
     def do_print(self, number: int, content: dict) -> None:
         """Print what the talking process prints, where this one has the terminal."""
         stream = sys.stdout if number == 1 else sys.stderr
-        tqdm.write(self.revive(content).decode(stream.encoding or 'utf-8', 'replace'), stream, '')
+        text = self.revive(content).decode(stream.encoding or 'utf-8', 'replace')
+        self.printing.put(functools.partial(tqdm.write, text, stream, ''))
 
     def hand_on_signal(self, number: int, frame: Any) -> None:
         """Have the program end in order; at once at a second signal, a second later or more."""
@@ -5630,6 +5963,37 @@ class Remote(itchat.Core):
         if not self.signal_came:
             self.signal_came = now
             threading.Thread(target=self.line.send, args=('signal',), kwargs={'number': number}).start()
+
+
+# The answer to a call when nobody talks any more: what nn_train wants of itchat must not cost the checkpoint.
+NOBODY = {'value': {'BaseResponse': {'Ret': -1, 'ErrMsg': 'nobody talks any more'}}}
+
+
+class Worker:
+    """A thread that calls what is put in, one after the other; it keeps no process from ending."""
+
+    def __init__(self, name: str):
+        self.waiting = queue.SimpleQueue()
+        threading.Thread(target=self.work, name=name, daemon=True).start()
+
+    def put(self, function: Callable) -> None:
+        """Let a function be called; return at once. What is too much is left out."""
+        if self.waiting.qsize() < 1000:
+            self.waiting.put(function)
+
+    def work(self) -> None:
+        """Call them: the thread's work."""
+        while True:
+            try:
+                self.waiting.get()()
+            except Exception:
+                print_traceback()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all that was put in before is called, so many seconds at most."""
+        done = threading.Event()
+        self.waiting.put(done.set)
+        done.wait(seconds)
 
 
 class Bar:
@@ -5651,8 +6015,15 @@ def remote(name: str) -> Callable:
     """Return the method of Remote that has the talking process call its client's method `name`."""
 
     def function(self, *args, **kwargs):
-        if args and name.startswith(('send_', 'upload')) and os.path.exists(str(args[0])):
-            args = os.path.abspath(args[0]), *args[1:]
+        args = list(args)
+        if args and name == 'send' and re.match('@(img|fil|vid)@', str(args[0])):
+            args[0] = args[0][:5] + os.path.abspath(args[0][5:])
+        elif args and name in ('send_image', 'send_file', 'send_video', 'upload_file'):
+            args[0] = args[0] and os.path.abspath(args[0])  # it may have another folder
+        if kwargs.get('fileDir'):
+            kwargs['fileDir'] = os.path.abspath(kwargs['fileDir'])
+        if kwargs.get('file_'):
+            kwargs['file_'] = kwargs['file_'].read()
         return self.call(name, *args, **kwargs)
 
     return function
