@@ -39,6 +39,7 @@ import time
 import urllib.parse
 import zipfile
 from importlib import metadata
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -4733,6 +4734,60 @@ def test_no_network_is_one_line_and_a_failure(tmp_path, options):
         status, output = program.types('')
     assert status == 1 and len(lines_of(output)) == 1
     assert '连不上微信' in output and '--console' in output and '--demo' in output
+
+
+NO_NAMES = """
+import socket
+
+def getaddrinfo(*args, **kwargs):
+    raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+
+socket.getaddrinfo = getaddrinfo
+"""
+SOCKS = {'ALL_PROXY': 'socks5://127.0.0.1:9'}
+
+
+@pytest.mark.parametrize(
+    'env, words',
+    [
+        ({'HTTPS_PROXY': 'http://me:secret@127.0.0.1:9'}, ['连不上代理 127.0.0.1:9（HTTPS_PROXY）']),
+        ({'HTTPS_PROXY': 'refusing'}, ['代理回答 407', '写进 HTTPS_PROXY：http://用户名:密码@']),
+        (SOCKS, ['连不上代理 127' if find_spec('socks') else 'pip install pysocks', 'ALL_PROXY']),
+        ({'ALL_PROXY': 'socks://127.0.0.1:9'}, ['ALL_PROXY 写得不对', 'socks5h://']),
+        ({'HTTPS_PROXY': 'wechat'}, ['证书不被信任', 'REQUESTS_CA_BUNDLE']),
+        ({'HTTPS_PROXY': 'wechat', 'REQUESTS_CA_BUNDLE': '/no/where'}, ['REQUESTS_CA_BUNDLE 指的 /no/where']),
+        ({}, ['（login.weixin.qq.com）', '解析不了', 'HTTPS_PROXY']),
+    ],
+)
+@pytest.mark.parametrize('stored', [False, True])
+def test_what_keeps_from_wechat_is_named_with_the_way_out(wechat, tmp_path, env, words, stored):
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.send_error(407)
+
+        def log_message(self, *args):
+            pass
+
+    if stored:
+        with Program(tmp_path, env=wechat.env()):
+            wechat.ready()
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Refusing) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        proxies = {'refusing': refusing, 'wechat': wechat}
+        proxy = proxies.get(env.get('HTTPS_PROXY'))
+        other = tmp_path / 'other.pem'
+        trustme.CA().cert_pem.write_to_path(str(other))
+        proxy = {'HTTPS_PROXY': f'http://me:secret@127.0.0.1:{proxy.server_port}'} if proxy else {}
+        usual = {'HTTPS_PROXY': '', 'ALL_PROXY': '', 'NO_PROXY': '', 'REQUESTS_CA_BUNDLE': str(other)}
+        with Program(
+            tmp_path, env={**usual, **env, **proxy}, before='' if env else NO_NAMES + QUICK
+        ) as program:
+            status, output = program.types('')
+        refusing.shutdown()
+    [line] = lines_of(output)
+    assert status == 1 and line.startswith('连不上微信') and 'secret' not in line
+    assert all(word in line for word in [*words, '--console', '--demo'])
+    assert (tmp_path / 'itchat.pkl').exists() == stored
 
 
 def test_help_and_wrong_options(tmp_path):

@@ -151,6 +151,7 @@ import re
 import select
 import shutil
 import sqlite3
+import ssl
 import stat
 import struct
 import threading
@@ -1498,14 +1499,67 @@ class Adapter(requests.adapters.HTTPAdapter):
         self.client.change_request(name, request)
         try:
             response = super().send(request, timeout=timeout or tuple(options.timeout), **kwargs)
-        except requests.RequestException as error:
+        except (OSError, ValueError) as error:  # not only RequestException: of a proxy's name, of a file
             trace(request, type(error).__name__)
-            raise type(error)(f'no answer to {name}') from None  # its own text holds the session's secrets
+            known = isinstance(error, requests.RequestException) and not isinstance(error, ValueError)
+            told = (type(error) if known else requests.ConnectionError)(f'no answer to {name}')
+            told.words = no_answer_in_words(error, request.url, kwargs)
+            raise told from None  # the exception's own text holds the session's secrets
         trace(request, response)
         if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
             raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
         self.client.change_answer(name, response)
         return response
+
+
+def causes(error: Optional[BaseException]) -> Iterator:
+    """Yield an exception and all that it came from."""
+    if error is not None:
+        yield error
+        for other in dict.fromkeys((error.__cause__, error.__context__)):
+            yield from causes(other)
+
+
+def no_answer_in_words(error: BaseException, url: str, how: dict) -> str:
+    """Return why a request got no answer and the way out; '' where that is not known.
+
+    `how` is what requests makes of the environment: `proxies`, `verify`. The types of the exceptions decide:
+    their texts hold the session's secrets, an address of a proxy its password.
+    """
+    variables = 'https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'
+    proxy = requests.utils.select_proxy(url, how.get('proxies')) or ''
+    variable = next((name for name in variables if os.environ.get(name) == proxy), '系统设置的代理')
+    socks = re.match(r'socks(4a?|5h?)://', proxy, re.I)
+    proxy_fails = bool(proxy) and isinstance(error, requests.exceptions.ProxyError)
+    proxy_fails |= bool(socks) and isinstance(error, requests.ConnectionError)
+    if isinstance(how.get('verify'), str) and not is_certificates(how['verify']):
+        variable = 'REQUESTS_CA_BUNDLE' if os.environ.get('REQUESTS_CA_BUNDLE') else 'CURL_CA_BUNDLE'
+        return f'：{variable} 指的 {visible(how["verify"])} 不是证书文件（PEM），改对它或去掉它'
+    if proxy and isinstance(error, ValueError):
+        if socks and isinstance(error, requests.exceptions.InvalidSchema):
+            return f'：{variable} 是 SOCKS 代理，要先 pip install pysocks，或换成 http:// 的代理'
+        forms = 'http://主机:端口，或 socks5h://主机:端口（还要 pip install pysocks）'
+        return f'：{variable} 写得不对，要像 {forms}'
+    for cause in causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            way_out = '网络在检查流量的话，把它的根证书（PEM 文件）写进 REQUESTS_CA_BUNDLE'
+            return f'：证书不被信任（{cause.verify_message}），{way_out}'
+        if refused := re.match(r'Tunnel connection failed: (\d{3})\b', str(cause)):
+            way_out = f'用户名和密码写进 {variable}：http://用户名:密码@主机:端口' * (refused[1] == '407')
+            return f'：代理回答 {refused[1]}，{way_out or f"它不让连，换掉 {variable} 里的代理"}'
+        if isinstance(cause, socket.gaierror) and not proxy_fails:
+            return '：这个名字解析不了，看网络和 DNS 的设置；只能经过代理上网，就设 HTTPS_PROXY'
+    where = f'{visible(proxy.rpartition("@")[2])}（{variable}）'
+    return f'：连不上代理 {where}，看它开着没有、地址对不对；不用它就去掉这个设置' if proxy_fails else ''
+
+
+def is_certificates(path: str) -> bool:
+    """Return whether a file, or a folder, can be what the certificates of servers are checked by."""
+    try:
+        ssl.create_default_context(**{'capath' if os.path.isdir(path) else 'cafile': path})
+    except OSError:
+        return False
+    return True
 
 
 HARMLESS = {  # names whose values a trace may show: numbers; in queries and headers, texts, too
@@ -1602,7 +1656,7 @@ class WeChat(itchat.Core, Client):
     queries = {name: {'lang': 'zh_CN'} for name in ('webwxsendmsg', 'webwxsendmsgimg')}  # what is added
     hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
     refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
-    unreachable = '连不上微信（{}）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+    unreachable = '连不上微信（{}）{}。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
     domains = '.qq.com', '.wechat.com'  # where a login may lead
     busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
 
@@ -1664,7 +1718,8 @@ class WeChat(itchat.Core, Client):
         except requests.RequestException as error:
             if getattr(error.response, 'status_code', None) == 429:
                 return self.busy
-            return self.unreachable.format(urllib.parse.urlsplit(itchat.config.BASE_URL).hostname)
+            host = urllib.parse.urlsplit(itchat.config.BASE_URL).hostname
+            return self.unreachable.format(host, getattr(error, 'words', ''))
         except (Refused, LookupError, AttributeError, TypeError, ValueError):
             return self.refusal  # but for Refused, itchat has read what is no login
         if not stored:
@@ -1891,6 +1946,7 @@ class WeChat(itchat.Core, Client):
             messages, contacts = super().get_msg()
         except Exception as error:  # load_login_status() of itchat swallows it
             self.trouble = requests.RequestException(f'no answer: {type(error).__name__}')
+            self.trouble.words = getattr(error, 'words', '')
             raise
         if messages is None and self.sync_ret in (-1, 1205) and self.refusals <= 3:  # a passing refusal
             self.trouble = requests.RequestException(f'Ret {self.sync_ret}')
