@@ -4856,3 +4856,36 @@ def test_the_requirements_are_complete():
 def canonical(name):
     """Return the name of a package as the registry compares it."""
     return re.sub(r'[-_.]+', '-', name).lower()
+
+
+# ------------------------------------------------------- whatever the output, the encoding, the room
+
+WAITING = """
+    print('IN NN_TRAIN')
+    while utils.lock_start():
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize('piped', [False, True])
+def test_every_line_can_be_read_at_once(wechat, tmp_path, piped):
+    """With nohup, or with `| tee`: the QR code, what is said, what the script and nn_train print."""
+    wechat.phone = 'lies on the table'
+    script = own_script(tmp_path, WAITING, head="print('IN THE SCRIPT')")
+    tee = subprocess.Popen(['tee', tmp_path / 'piped.txt'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def preexec():
+        for number in (1, 2) if piped else ():
+            os.dup2(tee.stdin.fileno(), number)
+
+    with tee, Program(tmp_path, env=wechat.env(), script=script, preexec_fn=preexec) as program:
+        program.log = tmp_path / 'piped.txt' if piped else program.log
+        program.wait_output('IN THE SCRIPT')
+        program.wait_output('请用微信扫码登录')
+        code = program.output().split('IN THE SCRIPT')[1].split('请用微信扫码登录')[0]
+        assert len([line for line in code.splitlines() if '█' in line]) > 10
+        wechat.phone = 'scans'
+        program.wait_output('已登录')
+        wechat.ready()
+        wechat.ask('开始')
+        program.wait_output('IN NN_TRAIN')
