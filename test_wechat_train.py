@@ -4889,3 +4889,34 @@ def test_every_line_can_be_read_at_once(wechat, tmp_path, piped):
         wechat.ready()
         wechat.ask('开始')
         program.wait_output('IN NN_TRAIN')
+
+
+LOGGING = """
+import logging
+logging.basicConfig(level=logging.DEBUG, filename='own.log')
+for name in ('urllib3', 'urllib3.connectionpool', 'itchat'):
+    logging.getLogger(name).setLevel(logging.DEBUG)
+    logging.getLogger(name).addHandler(logging.FileHandler('own.log'))
+"""
+RUNNING = 'import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+
+
+@pytest.mark.parametrize('where', ['script', '-c', 'environment'])
+def test_no_library_logs_a_secret(wechat, tmp_path, where):
+    """Whatever the script, or what Python reads at its start, has set up; its own lines are in the log."""
+    script = own_script(tmp_path, "    logging.debug('OWN')" + WAITING, head='import logging')
+    place = tmp_path / ('sitecustomize.py' if where == 'environment' else 'own.py')
+    place.write_text(LOGGING + (place.read_text() if place.exists() else ''))
+    env = {**wechat.env(), 'PYTHONPATH': f'{tmp_path}{os.pathsep}{HERE}'}
+    python = ('-c', RUNNING) if where == '-c' else ()
+    with Program(tmp_path, env=env, script=script, python=python) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        program.wait_output('IN NN_TRAIN')
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(DEADLINE) == 130
+    logged = (tmp_path / 'own.log').read_text() + program.output()
+    assert 'OWN' in logged and 'GET /' not in logged
+    for ticket in map(wechat.ticket, TICKETS):
+        forms = ticket, urllib.parse.unquote(ticket), urllib.parse.quote(ticket, safe='')
+        assert not any(form in logged for form in forms)

@@ -3070,7 +3070,17 @@ def talk() -> None:
     os._exit(status)
 
 
+def silence_logging() -> None:
+    """Let nothing log in the talking process but itchat through ShortLog: what else does, urllib3 above all,
+    logs a session's secrets. A script's lines above `import utils` have run here, too."""
+    logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+    for name in list(logging.root.manager.loggerDict):
+        logging.getLogger(name).disabled = name != 'itchat'
+    logging.getLogger('itchat').handlers.clear()
+
+
 if TALKS:
+    silence_logging()
     make_streams_safe()
     memory, people, mail, countdown, trainer = Memory(), People(), Mail(), Countdown(), Trainer()
     printer = None
