@@ -4920,3 +4920,46 @@ def test_no_library_logs_a_secret(wechat, tmp_path, where):
     for ticket in map(wechat.ticket, TICKETS):
         forms = ticket, urllib.parse.unquote(ticket), urllib.parse.quote(ticket, safe='')
         assert not any(form in logged for form in forms)
+
+
+ASCII = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': 'gbk'}
+RECALL = r"""
+    print('nn_train：召回率')
+    os.write(1, b'\xff\xfe no GBK\n')
+    utils.lock_start()
+    utils.chat_inf(wechat_name, 1, 1, 1, [0], 0.5, **{'召回率': 0.25, 'no UTF-8: \udcff': 1})
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    utils.save_checkpoint(net, gluon.Trainer(net.collect_params(), 'sgd', {}), 1, 0, 0)
+    raise ValueError('错在这里 \udcff')
+"""
+
+
+def test_files_are_utf8_and_the_terminal_is_what_it_is(wechat, tmp_path):
+    script = own_script(tmp_path, RECALL, head='from mxnet import gluon')
+    with Program(tmp_path, env={**wechat.env(), **ASCII}, script=script) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        assert '召回率 0.25' in wechat.wait_text('第 1/2 轮')
+        assert '错在这里' in wechat.wait_text('训练出错')
+        assert '，1 轮，0.500，' in wechat.ask('记录')
+        with open(script, 'w', encoding='gbk') as f:
+            f.write("# coding: gbk\nraise SystemExit('这里写错了')")
+        os.kill(trainer_of(program), signal.SIGKILL)
+        assert '这里写错了' in wechat.wait_text('启动不了')
+        with open(program.log, 'rb') as f:
+            printed = f.read()
+    for text in ('已登录', 'nn_train：召回率\n'):
+        assert text.encode('gbk') in printed
+    assert b'\xff\xfe no GBK\n' in printed
+    [folder] = (tmp_path / 'runs').iterdir()
+    assert ',no UTF-8: \\udcff,召回率\n' in (folder / 'log.csv').read_text(encoding='utf-8')
+    assert json.loads((folder / 'end.json').read_text(encoding='utf-8')) == {'ended': '出错'}
+    assert utils.read_checkpoint(str(folder / 'last.zip'))['numbers'][0]['召回率'] == 0.25
+
+
+def test_what_is_said_is_printed_in_the_encoding_of_the_process_that_trains_first(wechat, tmp_path):
+    script = own_script(tmp_path, WAITING, head="sys.stdout.reconfigure(encoding='utf-8')")
+    with Program(tmp_path, env={**wechat.env(), **ASCII}, script=script, python=('-c', RUNNING)) as program:
+        wechat.ready()
+        program.wait_output('已登录')

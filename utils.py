@@ -371,8 +371,12 @@ class Printer:
     def show_bar(self, text: str) -> None:
         """Let `text` be the progress bar, if there is a terminal."""
         with self.changed:
-            self.bar = text.encode(sys.stderr.encoding, 'replace') if os.isatty(2) else b''
+            self.bar = self.encode(text) if os.isatty(2) else b''
             self.changed.notify_all()
+
+    def encode(self, text: str) -> bytes:
+        """Return a text as the terminal reads it."""
+        return text.encode(sys.stderr.encoding, 'replace')
 
     def work(self) -> None:
         """Print what is put in: the work of the printer's thread."""
@@ -382,7 +386,7 @@ class Printer:
                 number, source, content = self.waiting.popleft() if self.waiting else (2, '', b'')
                 self.size -= len(content)
                 if self.dropped:
-                    content = f'（有 {self.dropped} 行没有打印：终端没有在读）\n'.encode() + content
+                    content = self.encode(f'（有 {self.dropped} 行没有打印：终端没有在读）\n') + content
                     self.dropped = 0
                 bar, self.busy = self.bar, True
             self.print(number, source, content, bar)
@@ -475,7 +479,8 @@ def let_print(put: Callable) -> None:
     """Let put(descriptor, who, bytes) have all that this process prints."""
     for number, name in ((1, 'stdout'), (2, 'stderr')):
         stream = getattr(sys, name)
-        setattr(sys, name, Printed(number, getattr(stream, 'encoding', None) or 'utf-8', put))
+        encoding = not role and getattr(stream, 'encoding', None)  # with a role, see do_print()
+        setattr(sys, name, Printed(number, encoding or 'utf-8', put))
 
 
 # ------------------------------------------------------------------------------------- the options
@@ -2970,7 +2975,7 @@ def copy_output(number: int, stream: int, last_words: collections.deque) -> None
             printer.put(number, f'its {number}', content)
             if number == 2:
                 *lines, rest = (rest + content).split(b'\n')
-                last_words += [line.decode('utf-8', 'replace') for line in lines]
+                last_words += [line.decode(sys.stderr.encoding, 'replace') for line in lines]
                 rest = rest[-1000:]
 
 
@@ -4920,7 +4925,7 @@ def draw_mistakes(mistakes: list, path: str) -> None:
 def write_log(path: str, rows: list, numbers: list) -> None:
     """Write the epochs as CSV, with a person's own numbers behind."""
     own = sorted({name for row in numbers for name in row})
-    with open(path, 'w', newline='') as f:
+    with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
         writer = csv.writer(f)
         writer.writerow([*LOG, *own])
         writer.writerows(
@@ -4947,8 +4952,7 @@ def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.
         net.save_parameters(os.path.join(folder, 'net.params'))
         trainer.save_states(os.path.join(folder, 'trainer.states'))
         np.save(os.path.join(folder, 'losses.npy'), losses)
-        with open(os.path.join(folder, 'run.json'), 'w') as f:
-            json.dump(state, f)
+        write_json(os.path.join(folder, 'run.json'), state)
         with zipfile.ZipFile(path, 'w') as checkpoint:
             for name in os.listdir(folder):
                 checkpoint.write(os.path.join(folder, name), name)
@@ -4956,7 +4960,7 @@ def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.
 
 def write_json(path: str, content: Any) -> None:
     """Write a JSON file."""
-    with open(path, 'w', encoding='utf-8') as f:
+    with open(path, 'w', encoding='utf-8', errors='backslashreplace') as f:
         json.dump(content, f, ensure_ascii=False)
 
 
@@ -5003,7 +5007,8 @@ def read_run(folder: str) -> Run:
         found.resume(path, read_checkpoint(path))
         return found
     found.learning_rate = found.batch_size = None  # nobody knows
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, 'log.csv')) as f:
+    path = os.path.join(folder, 'log.csv')
+    with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8', errors='replace') as f:
         rows = list(csv.reader(f))[1:]
         found.history = [(int(row[0]), *map(float, row[1 : len(LOG)])) for row in rows]
         found.learning_rate = found.history[-1][4] if found.history else None
@@ -5681,7 +5686,7 @@ class Remote(itchat.Core):
     def do_print(self, number: int, content: dict) -> None:
         """Print what the talking process prints, where this one has the terminal."""
         stream = sys.stdout if number == 1 else sys.stderr
-        tqdm.write(self.revive(content).decode(stream.encoding or 'utf-8', 'replace'), stream, '')
+        tqdm.write(self.revive(content).decode('utf-8', 'replace'), stream, '')
 
     def hand_on_signal(self, number: int, frame: Any) -> None:
         """Have the program end in order; at once at a second signal, a second later or more."""
