@@ -3647,9 +3647,11 @@ def test_what_a_killed_program_left_half_written_is_removed(tmp_path):
     (folder / 'tmpabc.new').mkdir(parents=True)
     for name in ('last.zip.new', 'tmpabc.new/net.params', 'log.csv'):
         (folder / name).write_text('x')
+    (tmp_path / 'checkpoint-abc.new').mkdir()  # of one of the --workers
     with Program(tmp_path, '--console') as program:
         assert program.types('')[0] == 0
     assert [path.name for path in folder.iterdir()] == ['log.csv']
+    assert not (tmp_path / 'checkpoint-abc.new').exists()
 
 
 PICKLE = b"cos\nsystem\n(S'touch planted'\ntR."
@@ -4963,3 +4965,20 @@ def test_what_is_said_is_printed_in_the_encoding_of_the_process_that_trains_firs
     with Program(tmp_path, env={**wechat.env(), **ASCII}, script=script, python=('-c', RUNNING)) as program:
         wechat.ready()
         program.wait_output('已登录')
+
+
+NO_TMPDIR = "import tempfile\ntempfile.tempdir = '/no/where'  # as if it had no room\n"
+
+
+@pytest.mark.skipif(not hasattr(os, 'memfd_create'), reason='two processes share a file')
+@pytest.mark.parametrize('options', ['', '--workers 2'])
+def test_nothing_needs_the_folder_for_temporary_files(images, tmp_path, options):
+    for stop_at, typed, words in (
+        ('15', 'bs 300\n开始\n', '第 2 轮到第 5/10 批'),
+        ('0', '继续\n', '训练完成'),
+    ):
+        arguments = stop_at, '0', '--console', '--data', images, *options.split()
+        with Program(tmp_path, *arguments, script=watched(tmp_path), before=NO_TMPDIR + QUICK) as program:
+            status, output = program.types(typed)
+        assert status == 0 and words in output
+    assert not list(tmp_path.glob('**/*.new'))

@@ -106,6 +106,13 @@ def start_process(role: str, command: list, *files, **how) -> tuple:
         return subprocess.Popen(command, env=env, cwd=FOLDER, pass_fds=numbers, **how), ours
 
 
+def make_place_file() -> 'Any':
+    """Return an open file of 64 zeros, in memory where the system has such files: see class Place."""
+    f = open(os.memfd_create('place'), 'r+b') if hasattr(os, 'memfd_create') else tempfile.TemporaryFile()
+    f.truncate(64)
+    return f
+
+
 def start_training(place) -> tuple:
     """Start the process that trains, in a session of its own: a terminal's signals do not reach it."""
     pipes = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
@@ -118,9 +125,7 @@ if TALKS:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    place_file = tempfile.TemporaryFile()  # see class Place
-    place_file.write(bytes(64))
-    place_file.flush()
+    place_file = make_place_file()
     if not role:
         first_process = start_training(place_file)
 
@@ -600,7 +605,8 @@ class Memory:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
         # To wait for the disk at every change takes 20 ms beside a training. A log beside the file needs no
         # such wait: after a power cut the file is whole, if some seconds old. See settle().
-        for pragma in ('journal_mode = WAL', 'synchronous = NORMAL', 'wal_autocheckpoint = 0'):
+        wal = 'journal_mode = WAL', 'synchronous = NORMAL', 'wal_autocheckpoint = 0'
+        for pragma in (*wal, 'temp_store = MEMORY'):  # the last: TMPDIR may have no room
             db.execute('PRAGMA ' + pragma).fetchall()
         db.executescript(self.TABLES)
         return db
@@ -4372,7 +4378,9 @@ def load_checkpoint(net: Any, trainer: Any) -> tuple:
     state = run.resumed
     if state is None:
         return 1, 0, 0
-    with open_private(run.checkpoint) as f, tempfile.TemporaryDirectory() as folder:
+    where = run.folder or FOLDER  # TMPDIR may have no room; one of the --workers has no folder of the run
+    unpacked = tempfile.TemporaryDirectory(dir=where, prefix='checkpoint-', suffix=NEW)
+    with unpacked as folder, open_private(run.checkpoint) as f:
         with zipfile.ZipFile(f) as checkpoint:
             checkpoint.extractall(folder)
         net.load_parameters(os.path.join(folder, 'net.params'), ctx=try_gpu())
@@ -5073,7 +5081,7 @@ def read_private(path: str) -> bytes:
 
 def remove_leftovers() -> None:
     """Remove what a program that was killed has left half written."""
-    for path in in_runs('*' + NEW):
+    for path in [*in_runs('*' + NEW), *glob.glob(os.path.join(glob.escape(FOLDER), 'checkpoint-*' + NEW))]:
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
@@ -5477,9 +5485,7 @@ class Remote(itchat.Core):
         if role == 'trains':
             self.line, numbers = Line(int(role_words[0])), numbers[:1]
         else:
-            with tempfile.TemporaryFile() as shared:
-                shared.write(bytes(64))
-                shared.flush()
+            with make_place_file() as shared:
                 place = Place(shared.fileno())
                 here = os.path.dirname(os.path.abspath(__file__))
                 code = f'import sys; sys.path.insert(0, {here!r}); import utils'
