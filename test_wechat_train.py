@@ -41,6 +41,7 @@ import unicodedata
 import urllib.parse
 import zipfile
 from importlib import metadata
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -4244,9 +4245,11 @@ def test_what_a_killed_program_left_half_written_is_removed(tmp_path):
     (folder / 'tmpabc.new').mkdir(parents=True)
     for name in ('last.zip.new', 'tmpabc.new/net.params', 'log.csv'):
         (folder / name).write_text('x')
+    (tmp_path / 'checkpoint-abc.new').mkdir()  # of one of the --workers
     with Program(tmp_path, '--console') as program:
         assert program.types('')[0] == 0
     assert [path.name for path in folder.iterdir()] == ['log.csv']
+    assert not (tmp_path / 'checkpoint-abc.new').exists()
 
 
 PICKLE = b"cos\nsystem\n(S'touch planted'\ntR."
@@ -5335,6 +5338,60 @@ def test_no_network_is_one_line_and_a_failure(tmp_path, options):
     assert '连不上微信' in output and '--console' in output and '--demo' in output
 
 
+NO_NAMES = """
+import socket
+
+def getaddrinfo(*args, **kwargs):
+    raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+
+socket.getaddrinfo = getaddrinfo
+"""
+SOCKS = {'ALL_PROXY': 'socks5://127.0.0.1:9'}
+
+
+@pytest.mark.parametrize(
+    'env, words',
+    [
+        ({'HTTPS_PROXY': 'http://me:secret@127.0.0.1:9'}, ['连不上代理 127.0.0.1:9（HTTPS_PROXY）']),
+        ({'HTTPS_PROXY': 'refusing'}, ['代理回答 407', '写进 HTTPS_PROXY：http://用户名:密码@']),
+        (SOCKS, ['连不上代理 127' if find_spec('socks') else 'pip install pysocks', 'ALL_PROXY']),
+        ({'ALL_PROXY': 'socks://127.0.0.1:9'}, ['ALL_PROXY 写得不对', 'socks5h://']),
+        ({'HTTPS_PROXY': 'wechat'}, ['证书不被信任', 'REQUESTS_CA_BUNDLE']),
+        ({'HTTPS_PROXY': 'wechat', 'REQUESTS_CA_BUNDLE': '/no/where'}, ['REQUESTS_CA_BUNDLE 指的 /no/where']),
+        ({}, ['（login.weixin.qq.com）', '解析不了', 'HTTPS_PROXY']),
+    ],
+)
+@pytest.mark.parametrize('stored', [False, True])
+def test_what_keeps_from_wechat_is_named_with_the_way_out(wechat, tmp_path, env, words, stored):
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.send_error(407)
+
+        def log_message(self, *args):
+            pass
+
+    if stored:
+        with Program(tmp_path, env=wechat.env()):
+            wechat.ready()
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Refusing) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        proxies = {'refusing': refusing, 'wechat': wechat}
+        proxy = proxies.get(env.get('HTTPS_PROXY'))
+        other = tmp_path / 'other.pem'
+        trustme.CA().cert_pem.write_to_path(str(other))
+        proxy = {'HTTPS_PROXY': f'http://me:secret@127.0.0.1:{proxy.server_port}'} if proxy else {}
+        usual = {'HTTPS_PROXY': '', 'ALL_PROXY': '', 'NO_PROXY': '', 'REQUESTS_CA_BUNDLE': str(other)}
+        with Program(
+            tmp_path, env={**usual, **env, **proxy}, before='' if env else NO_NAMES + QUICK
+        ) as program:
+            status, output = program.types('')
+        refusing.shutdown()
+    [line] = lines_of(output)
+    assert status == 1 and line.startswith('连不上微信') and 'secret' not in line
+    assert all(word in line for word in [*words, '--console', '--demo'])
+    assert (tmp_path / 'itchat.pkl').exists() == stored
+
+
 def test_help_and_wrong_options(tmp_path):
     with Program(tmp_path, '--help') as program:
         status, output = program.types('')
@@ -5401,3 +5458,127 @@ def test_the_requirements_are_complete():
 def canonical(name):
     """Return the name of a package as the registry compares it."""
     return re.sub(r'[-_.]+', '-', name).lower()
+
+
+# ------------------------------------------------------- whatever the output, the encoding, the room
+
+WAITING = """
+    print('IN NN_TRAIN')
+    while utils.lock_start():
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize('piped', [False, True])
+def test_every_line_can_be_read_at_once(wechat, tmp_path, piped):
+    """With nohup, or with `| tee`: the QR code, what is said, what the script and nn_train print."""
+    wechat.phone = 'lies on the table'
+    script = own_script(tmp_path, WAITING, head="print('IN THE SCRIPT')")
+    tee = subprocess.Popen(['tee', tmp_path / 'piped.txt'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def preexec():
+        for number in (1, 2) if piped else ():
+            os.dup2(tee.stdin.fileno(), number)
+
+    with tee, Program(tmp_path, env=wechat.env(), script=script, preexec_fn=preexec) as program:
+        program.log = tmp_path / 'piped.txt' if piped else program.log
+        program.wait_output('IN THE SCRIPT')
+        program.wait_output('请用微信扫码登录')
+        code = program.output().split('IN THE SCRIPT')[1].split('请用微信扫码登录')[0]
+        assert len([line for line in code.splitlines() if '█' in line]) > 10
+        wechat.phone = 'scans'
+        program.wait_output('已登录')
+        wechat.ready()
+        wechat.ask('开始')
+        program.wait_output('IN NN_TRAIN')
+
+
+LOGGING = """
+import logging
+logging.basicConfig(level=logging.DEBUG, filename='own.log')
+for name in ('urllib3', 'urllib3.connectionpool', 'itchat'):
+    logging.getLogger(name).setLevel(logging.DEBUG)
+    logging.getLogger(name).addHandler(logging.FileHandler('own.log'))
+"""
+RUNNING = 'import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+
+
+@pytest.mark.parametrize('where', ['script', '-c', 'environment'])
+def test_no_library_logs_a_secret(wechat, tmp_path, where):
+    """Whatever the script, or what Python reads at its start, has set up; its own lines are in the log."""
+    script = own_script(tmp_path, "    logging.debug('OWN')" + WAITING, head='import logging')
+    place = tmp_path / ('sitecustomize.py' if where == 'environment' else 'own.py')
+    place.write_text(LOGGING + (place.read_text() if place.exists() else ''))
+    env = {**wechat.env(), 'PYTHONPATH': f'{tmp_path}{os.pathsep}{HERE}'}
+    python = ('-c', RUNNING) if where == '-c' else ()
+    with Program(tmp_path, env=env, script=script, python=python) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        program.wait_output('IN NN_TRAIN')
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(DEADLINE) == 130
+    logged = (tmp_path / 'own.log').read_text() + program.output()
+    assert 'OWN' in logged and 'GET /' not in logged
+    for ticket in map(wechat.ticket, TICKETS):
+        forms = ticket, urllib.parse.unquote(ticket), urllib.parse.quote(ticket, safe='')
+        assert not any(form in logged for form in forms)
+
+
+ASCII = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': 'gbk'}
+RECALL = r"""
+    print('nn_train：召回率')
+    os.write(1, b'\xff\xfe no GBK\n')
+    utils.lock_start()
+    utils.chat_inf(wechat_name, 1, 1, 1, [0], 0.5, **{'召回率': 0.25, 'no UTF-8: \udcff': 1})
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    utils.save_checkpoint(net, gluon.Trainer(net.collect_params(), 'sgd', {}), 1, 0, 0)
+    raise ValueError('错在这里 \udcff')
+"""
+
+
+def test_files_are_utf8_and_the_terminal_is_what_it_is(wechat, tmp_path):
+    script = own_script(tmp_path, RECALL, head='from mxnet import gluon')
+    with Program(tmp_path, env={**wechat.env(), **ASCII}, script=script) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        assert '召回率 0.25' in wechat.wait_text('第 1/2 轮')
+        assert '错在这里' in wechat.wait_text('训练出错')
+        assert '，1 轮，0.500，' in wechat.ask('记录')
+        with open(script, 'w', encoding='gbk') as f:
+            f.write("# coding: gbk\nraise SystemExit('这里写错了')")
+        os.kill(trainer_of(program), signal.SIGKILL)
+        assert '这里写错了' in wechat.wait_text('启动不了')
+        with open(program.log, 'rb') as f:
+            printed = f.read()
+    for text in ('已登录', 'nn_train：召回率\n'):
+        assert text.encode('gbk') in printed
+    assert b'\xff\xfe no GBK\n' in printed
+    [folder] = (tmp_path / 'runs').iterdir()
+    assert ',no UTF-8: \\udcff,召回率\n' in (folder / 'log.csv').read_text(encoding='utf-8')
+    assert json.loads((folder / 'end.json').read_text(encoding='utf-8')) == {'ended': '出错'}
+    assert utils.read_checkpoint(str(folder / 'last.zip'))['numbers'][0]['召回率'] == 0.25
+
+
+def test_what_is_said_is_printed_in_the_encoding_of_the_process_that_trains_first(wechat, tmp_path):
+    script = own_script(tmp_path, WAITING, head="sys.stdout.reconfigure(encoding='utf-8')")
+    with Program(tmp_path, env={**wechat.env(), **ASCII}, script=script, python=('-c', RUNNING)) as program:
+        wechat.ready()
+        program.wait_output('已登录')
+
+
+NO_TMPDIR = "import tempfile\ntempfile.tempdir = '/no/where'  # as if it had no room\n"
+
+
+@pytest.mark.skipif(not hasattr(os, 'memfd_create'), reason='two processes share a file')
+@pytest.mark.parametrize('options', ['', '--workers 2'])
+def test_nothing_needs_the_folder_for_temporary_files(images, tmp_path, options):
+    for stop_at, typed, words in (
+        ('15', 'bs 300\n开始\n', '第 2 轮到第 5/10 批'),
+        ('0', '继续\n', '训练完成'),
+    ):
+        arguments = stop_at, '0', '--console', '--data', images, *options.split()
+        with Program(tmp_path, *arguments, script=watched(tmp_path), before=NO_TMPDIR + QUICK) as program:
+            status, output = program.types(typed)
+        assert status == 0 and words in output
+    assert not list(tmp_path.glob('**/*.new'))

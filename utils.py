@@ -112,6 +112,13 @@ def start_process(role: str, command: list, *files, **how) -> tuple:
         return subprocess.Popen(command, env=env, cwd=FOLDER, pass_fds=numbers, **how), ours
 
 
+def make_place_file() -> 'Any':
+    """Return an open file of 64 zeros, in memory where the system has such files: see class Place."""
+    f = open(os.memfd_create('place'), 'r+b') if hasattr(os, 'memfd_create') else tempfile.TemporaryFile()
+    f.truncate(64)
+    return f
+
+
 def start_training(place) -> tuple:
     """Start the process that trains, in a session of its own: a terminal's signals do not reach it."""
     pipes = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
@@ -124,9 +131,7 @@ if TALKS:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    place_file = tempfile.TemporaryFile()  # see class Place
-    place_file.write(bytes(64))
-    place_file.flush()
+    place_file = make_place_file()
     if not role:
         first_process = start_training(place_file)
 
@@ -157,6 +162,7 @@ import re
 import select
 import shutil
 import sqlite3
+import ssl
 import stat
 import struct
 import threading
@@ -376,8 +382,12 @@ class Printer:
     def show_bar(self, text: str) -> None:
         """Let `text` be the progress bar, if there is a terminal."""
         with self.changed:
-            self.bar = text.encode(sys.stderr.encoding, 'replace') if os.isatty(2) else b''
+            self.bar = self.encode(text) if os.isatty(2) else b''
             self.changed.notify_all()
+
+    def encode(self, text: str) -> bytes:
+        """Return a text as the terminal reads it."""
+        return text.encode(sys.stderr.encoding, 'replace')
 
     def work(self) -> None:
         """Print what is put in: the work of the printer's thread."""
@@ -387,7 +397,7 @@ class Printer:
                 number, source, content = self.waiting.popleft() if self.waiting else (2, '', b'')
                 self.size -= len(content)
                 if self.dropped:
-                    content = f'（有 {self.dropped} 行没有打印：终端没有在读）\n'.encode() + content
+                    content = self.encode(f'（有 {self.dropped} 行没有打印：终端没有在读）\n') + content
                     self.dropped = 0
                 bar, self.busy = self.bar, True
             self.print(number, source, content, bar)
@@ -480,7 +490,8 @@ def let_print(put: Callable) -> None:
     """Let put(descriptor, who, bytes) have all that this process prints."""
     for number, name in ((1, 'stdout'), (2, 'stderr')):
         stream = getattr(sys, name)
-        setattr(sys, name, Printed(number, getattr(stream, 'encoding', None) or 'utf-8', put))
+        encoding = not role and getattr(stream, 'encoding', None)  # with a role, see do_print()
+        setattr(sys, name, Printed(number, encoding or 'utf-8', put))
 
 
 # ------------------------------------------------------------------------------------- the options
@@ -619,7 +630,8 @@ class Memory:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
         # To wait for the disk at every change takes 20 ms beside a training. A log beside the file needs no
         # such wait: after a power cut the file is whole, if some seconds old. See settle().
-        for pragma in ('journal_mode = WAL', 'synchronous = NORMAL', 'wal_autocheckpoint = 0'):
+        wal = 'journal_mode = WAL', 'synchronous = NORMAL', 'wal_autocheckpoint = 0'
+        for pragma in (*wal, 'temp_store = MEMORY'):  # the last: TMPDIR may have no room
             db.execute('PRAGMA ' + pragma).fetchall()
         db.executescript(self.TABLES)
         return db
@@ -1747,14 +1759,67 @@ class Adapter(requests.adapters.HTTPAdapter):
         self.client.change_request(name, request)
         try:
             response = super().send(request, timeout=timeout or tuple(options.timeout), **kwargs)
-        except requests.RequestException as error:
+        except (OSError, ValueError) as error:  # not only RequestException: of a proxy's name, of a file
             trace(request, type(error).__name__)
-            raise type(error)(f'no answer to {name}') from None  # its own text holds the session's secrets
+            known = isinstance(error, requests.RequestException) and not isinstance(error, ValueError)
+            told = (type(error) if known else requests.ConnectionError)(f'no answer to {name}')
+            told.words = no_answer_in_words(error, request.url, kwargs)
+            raise told from None  # the exception's own text holds the session's secrets
         trace(request, response)
         if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
             raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
         self.client.change_answer(name, response)
         return response
+
+
+def causes(error: Optional[BaseException]) -> Iterator:
+    """Yield an exception and all that it came from."""
+    if error is not None:
+        yield error
+        for other in dict.fromkeys((error.__cause__, error.__context__)):
+            yield from causes(other)
+
+
+def no_answer_in_words(error: BaseException, url: str, how: dict) -> str:
+    """Return why a request got no answer and the way out; '' where that is not known.
+
+    `how` is what requests makes of the environment: `proxies`, `verify`. The types of the exceptions decide:
+    their texts hold the session's secrets, an address of a proxy its password.
+    """
+    variables = 'https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'
+    proxy = requests.utils.select_proxy(url, how.get('proxies')) or ''
+    variable = next((name for name in variables if os.environ.get(name) == proxy), '系统设置的代理')
+    socks = re.match(r'socks(4a?|5h?)://', proxy, re.I)
+    proxy_fails = bool(proxy) and isinstance(error, requests.exceptions.ProxyError)
+    proxy_fails |= bool(socks) and isinstance(error, requests.ConnectionError)
+    if isinstance(how.get('verify'), str) and not is_certificates(how['verify']):
+        variable = 'REQUESTS_CA_BUNDLE' if os.environ.get('REQUESTS_CA_BUNDLE') else 'CURL_CA_BUNDLE'
+        return f'：{variable} 指的 {visible(how["verify"])} 不是证书文件（PEM），改对它或去掉它'
+    if proxy and isinstance(error, ValueError):
+        if socks and isinstance(error, requests.exceptions.InvalidSchema):
+            return f'：{variable} 是 SOCKS 代理，要先 pip install pysocks，或换成 http:// 的代理'
+        forms = 'http://主机:端口，或 socks5h://主机:端口（还要 pip install pysocks）'
+        return f'：{variable} 写得不对，要像 {forms}'
+    for cause in causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            way_out = '网络在检查流量的话，把它的根证书（PEM 文件）写进 REQUESTS_CA_BUNDLE'
+            return f'：证书不被信任（{cause.verify_message}），{way_out}'
+        if refused := re.match(r'Tunnel connection failed: (\d{3})\b', str(cause)):
+            way_out = f'用户名和密码写进 {variable}：http://用户名:密码@主机:端口' * (refused[1] == '407')
+            return f'：代理回答 {refused[1]}，{way_out or f"它不让连，换掉 {variable} 里的代理"}'
+        if isinstance(cause, socket.gaierror) and not proxy_fails:
+            return '：这个名字解析不了，看网络和 DNS 的设置；只能经过代理上网，就设 HTTPS_PROXY'
+    where = f'{visible(proxy.rpartition("@")[2])}（{variable}）'
+    return f'：连不上代理 {where}，看它开着没有、地址对不对；不用它就去掉这个设置' if proxy_fails else ''
+
+
+def is_certificates(path: str) -> bool:
+    """Return whether a file, or a folder, can be what the certificates of servers are checked by."""
+    try:
+        ssl.create_default_context(**{'capath' if os.path.isdir(path) else 'cafile': path})
+    except OSError:
+        return False
+    return True
 
 
 HARMLESS = {  # names whose values a trace may show: numbers; in queries and headers, texts, too
@@ -1851,7 +1916,7 @@ class WeChat(itchat.Core, Client):
     queries = {name: {'lang': 'zh_CN'} for name in ('webwxsendmsg', 'webwxsendmsgimg')}  # what is added
     hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
     refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
-    unreachable = '连不上微信（{}）。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+    unreachable = '连不上微信（{}）{}。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
     domains = '.qq.com', '.wechat.com'  # where a login may lead
     busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
 
@@ -1913,7 +1978,8 @@ class WeChat(itchat.Core, Client):
         except requests.RequestException as error:
             if getattr(error.response, 'status_code', None) == 429:
                 return self.busy
-            return self.unreachable.format(urllib.parse.urlsplit(itchat.config.BASE_URL).hostname)
+            host = urllib.parse.urlsplit(itchat.config.BASE_URL).hostname
+            return self.unreachable.format(host, getattr(error, 'words', ''))
         except (Refused, LookupError, AttributeError, TypeError, ValueError):
             return self.refusal  # but for Refused, itchat has read what is no login
         if not stored:
@@ -2142,6 +2208,7 @@ class WeChat(itchat.Core, Client):
             messages, contacts = super().get_msg()
         except Exception as error:  # load_login_status() of itchat swallows it
             self.trouble = requests.RequestException(f'no answer: {type(error).__name__}')
+            self.trouble.words = getattr(error, 'words', '')
             raise
         if messages is None and self.sync_ret in (-1, 1205) and self.refusals <= 3:  # a passing refusal
             self.trouble = requests.RequestException(f'Ret {self.sync_ret}')
@@ -3210,7 +3277,7 @@ def copy_output(number: int, stream: int, last_words: collections.deque) -> None
             printer.put(number, f'its {number}', content)
             if number == 2:
                 *lines, rest = (rest + content).split(b'\n')
-                last_words += [line.decode('utf-8', 'replace') for line in lines]
+                last_words += [line.decode(sys.stderr.encoding, 'replace') for line in lines]
                 rest = rest[-1000:]
     last_words.append(rest.decode('utf-8', 'replace'))
 
@@ -3311,7 +3378,17 @@ def talk() -> None:
     os._exit(status)
 
 
+def silence_logging() -> None:
+    """Let nothing log in the talking process but itchat through ShortLog: what else does, urllib3 above all,
+    logs a session's secrets. A script's lines above `import utils` have run here, too."""
+    logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+    for name in list(logging.root.manager.loggerDict):
+        logging.getLogger(name).disabled = name != 'itchat'
+    logging.getLogger('itchat').handlers.clear()
+
+
 if TALKS:
+    silence_logging()
     make_streams_safe()
     memory, people, mail, countdown, trainer = Memory(), People(), Mail(), Countdown(), Trainer()
     printer = None
@@ -4599,7 +4676,9 @@ def load_checkpoint(net: Any, trainer: Any) -> tuple:
     state = run.resumed
     if state is None:
         return 1, 0, 0
-    with open_private(run.checkpoint) as f, tempfile.TemporaryDirectory() as folder:
+    where = run.folder or FOLDER  # TMPDIR may have no room; one of the --workers has no folder of the run
+    unpacked = tempfile.TemporaryDirectory(dir=where, prefix='checkpoint-', suffix=NEW)
+    with unpacked as folder, open_private(run.checkpoint) as f:
         with zipfile.ZipFile(f) as checkpoint:
             checkpoint.extractall(folder)
         net.load_parameters(os.path.join(folder, 'net.params'), ctx=try_gpu())
@@ -5165,7 +5244,7 @@ def draw_mistakes(mistakes: list, path: str) -> None:
 def write_log(path: str, rows: list, numbers: list) -> None:
     """Write the epochs as CSV, with a person's own numbers behind."""
     own = sorted({name for row in numbers for name in row})
-    with open(path, 'w', newline='') as f:
+    with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
         writer = csv.writer(f)
         writer.writerow([*LOG, *own])
         writer.writerows(
@@ -5192,8 +5271,7 @@ def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.
         net.save_parameters(os.path.join(folder, 'net.params'))
         trainer.save_states(os.path.join(folder, 'trainer.states'))
         np.save(os.path.join(folder, 'losses.npy'), losses)
-        with open(os.path.join(folder, 'run.json'), 'w') as f:
-            json.dump(state, f)
+        write_json(os.path.join(folder, 'run.json'), state)
         with zipfile.ZipFile(path, 'w') as checkpoint:
             for name in os.listdir(folder):
                 checkpoint.write(os.path.join(folder, name), name)
@@ -5201,7 +5279,7 @@ def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.
 
 def write_json(path: str, content: Any) -> None:
     """Write a JSON file."""
-    with open(path, 'w', encoding='utf-8') as f:
+    with open(path, 'w', encoding='utf-8', errors='backslashreplace') as f:
         json.dump(content, f, ensure_ascii=False)
 
 
@@ -5248,7 +5326,8 @@ def read_run(folder: str) -> Run:
         found.resume(path, read_checkpoint(path))
         return found
     found.learning_rate = found.batch_size = None  # nobody knows
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, 'log.csv')) as f:
+    path = os.path.join(folder, 'log.csv')
+    with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8', errors='replace') as f:
         rows = list(csv.reader(f))[1:]
         found.history = [(int(row[0]), *map(float, row[1 : len(LOG)])) for row in rows]
         found.learning_rate = found.history[-1][4] if found.history else None
@@ -5313,7 +5392,7 @@ def read_private(path: str) -> bytes:
 
 def remove_leftovers() -> None:
     """Remove what a program that was killed has left half written."""
-    for path in in_runs('*' + NEW):
+    for path in [*in_runs('*' + NEW), *glob.glob(os.path.join(glob.escape(FOLDER), 'checkpoint-*' + NEW))]:
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
@@ -5740,9 +5819,7 @@ class Remote(itchat.Core):
         if role == 'trains':
             self.line, numbers = Line(int(role_words[0])), numbers[:1]
         else:
-            with tempfile.TemporaryFile() as shared:
-                shared.write(bytes(64))
-                shared.flush()
+            with make_place_file() as shared:
                 place = Place(shared.fileno())
                 here = os.path.dirname(os.path.abspath(__file__))
                 code = f'import sys; sys.path.insert(0, {here!r}); import utils'
@@ -5947,7 +6024,7 @@ class Remote(itchat.Core):
     def do_print(self, number: int, content: dict) -> None:
         """Print what the talking process prints, where this one has the terminal."""
         stream = sys.stdout if number == 1 else sys.stderr
-        text = self.revive(content).decode(stream.encoding or 'utf-8', 'replace')
+        text = self.revive(content).decode('utf-8', 'replace')
         self.printing.put(functools.partial(tqdm.write, text, stream, ''))
 
     def hand_on_signal(self, number: int, frame: Any) -> None:
