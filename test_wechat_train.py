@@ -3906,6 +3906,21 @@ def test_an_old_command_makes_nobody_the_supervisor(wechat, tmp_path):
         assert wechat.ask('参数', 'C').startswith('抱歉')
 
 
+def test_a_code_that_is_odd_once_stays_on_the_screen(wechat, tmp_path):
+    """It is renewed when the server says again and again that it has run out, or when it is old."""
+    codes, usual = ['201', '400', '402', '201', '402', '408'], wechat.on_login
+    wechat.on_login = lambda query: f'window.code={codes.pop(0)};' if codes else usual(query)
+    with Program(tmp_path, env=wechat.env(), before=QUICK) as program:
+        wechat.ready()
+        assert wechat.requests.count('login.weixin.qq.com/jslogin') == 1
+        assert '过期' not in program.output()
+    (tmp_path / 'itchat.pkl').unlink()
+    wechat.phone = 'waits'
+    with Program(tmp_path, env=wechat.env(), before=QUICK.replace('retry = 0.1', 'renew = 0.2')) as program:
+        program.wait_output('二维码过期了，换一个新的', 2)
+        wechat.wait(lambda: wechat.requests.count('login.weixin.qq.com/jslogin') == 4)
+
+
 def test_a_blank_supervisor_is_a_mistake(tmp_path):
     with Program(tmp_path, '--supervisor', '') as program:
         status, output = program.types('')

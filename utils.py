@@ -537,6 +537,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
     parser.set_defaults(retry=1)  # seconds until what failed is tried again; twice as many every time
     parser.set_defaults(timeout=itchat.config.TIMEOUT)  # seconds to connect, to wait for an answer
+    parser.set_defaults(renew=300)  # seconds until a QR code that nobody has scanned is renewed
     parser.set_defaults(silence=300)  # seconds without a batch that are told
     return parser
 
@@ -1616,7 +1617,8 @@ class WeChat(itchat.Core, Client):
         self.refusals = self.empty = 0  # fetches in a row that were refused, that brought nothing
         self.silent = 0  # looks in a row that were not answered although the fetch was
         self.odd = 0  # looks in a row that were answered with a log-out
-        self.run_out = 0  # QR codes in a row that had run out when they were asked for
+        self.unscanned = 0  # odd answers in a row to whether a QR code was scanned
+        self.shown = '', 0  # the QR code that was asked for, and since when, by time.monotonic()
         self.trouble = None  # what kept the server from answering get_msg()
         self.early = []  # messages that came with the login
         self.clock = 0  # by how many seconds the server's is ahead
@@ -1710,9 +1712,13 @@ class WeChat(itchat.Core, Client):
         return uuid
 
     def check_login(self, uuid: Optional[str] = None) -> str:
-        """Ask once if the code was scanned: '408' not yet, '201' scanned, '200' logged in, else run out."""
-        now = int(time.time())
-        query = {'loginicon': 'true', 'uuid': uuid or self.uuid, 'tip': 1, 'r': -now // 1579, '_': now}
+        """Ask once if the code was scanned: '408' not yet, '201' scanned, '200' logged in, else run out.
+
+        It has run out when the server says so three times, or after some minutes: somebody may be slow to
+        confirm, or refuse and scan again.
+        """
+        now, uuid = int(time.time()), uuid or self.uuid
+        query = {'loginicon': 'true', 'uuid': uuid, 'tip': 1, 'r': -now // 1579, '_': now}
         answer = self.ask(f'{itchat.config.BASE_URL}/cgi-bin/mmwebwx-bin/login', params=query).text
         code = re.search(r'window.code=(\d+)', answer)
         page = re.search(r'window.redirect_uri="(\S+)"', answer)
@@ -1720,9 +1726,18 @@ class WeChat(itchat.Core, Client):
             self.open_session(page[1])
         if not code:
             raise requests.RequestException('no answer to login')
-        self.run_out = 0 if code[1] in ('200', '201', '408') else self.run_out + 1
-        if self.run_out > 1:  # codes that are run out as soon as they are shown
-            self.pause(min(self.run_out - 1, 6))
+        if self.shown[0] != uuid:
+            self.shown = uuid, time.monotonic()
+        if code[1] in ('200', '201', '408'):
+            self.unscanned = 0
+            if code[1] != '408' or time.monotonic() - self.shown[1] < options.renew:
+                return code[1]
+            self.shown = '', 0
+            return '400'
+        self.unscanned += 1
+        if self.unscanned % 3:
+            self.pause(min(self.unscanned, 6))
+            return '408'
         return code[1]
 
     def ask(self, url: str, **kwargs) -> Any:
