@@ -3906,6 +3906,40 @@ def test_an_old_command_makes_nobody_the_supervisor(wechat, tmp_path):
         assert wechat.ask('参数', 'C').startswith('抱歉')
 
 
+def test_ten_thousand_friends_are_noted_in_linear_time(tmp_path, monkeypatch):
+    """And itchat's own functions find them."""
+    looks = []
+    get = utils.templates.AttributeDict.get
+    counting = lambda friend, *args: (looks.append(1), get(friend, *args))[1]  # noqa: E731
+    monkeypatch.setattr(utils.templates.AttributeDict, 'get', counting)
+    monkeypatch.setattr(utils, 'people', People(), raising=False)
+    client = utils.WeChat()
+    names = [f'N{i}' for i in range(10000)]
+    friends = [{'UserName': '@' + name, 'NickName': name, 'Sex': 0, 'Alias': ''} for name in names]
+    client.note_contacts([*friends, {'UserName': '@News', 'NickName': 'News', 'VerifyFlag': 8}])
+    client.note_contacts([{'UserName': '@N77', 'NickName': 'N77', 'RemarkName': 'R'}, *friends])
+    assert len(looks) < 10 * len(friends)
+    assert [friend['NickName'] for friend in client.get_friends()] == names
+    assert [mp['NickName'] for mp in client.get_mps()] == ['News']
+    assert client.search_friends(name='R')[0]['UserName'] == '@N77'
+    assert type(client.search_friends(userName='@N9999')) is utils.templates.User
+    message = {'FromUserName': '@N9999', 'ToUserName': '@me', 'MsgType': 1, 'Content': 'x', 'Url': ''}
+    [message] = utils.produce_msg(client, [message])
+    assert message['User']['NickName'] == 'N9999' and message['User'].core is client
+
+
+class People:
+    def rename(self, friends):
+        assert all(friend['NickName'] for friend in friends)
+
+
+def test_five_thousand_friends_and_the_last_of_them_commands(wechat, tmp_path):
+    wechat.friends = (*wechat.friends, *(f'friend {i}' for i in range(5000)))
+    with Program(tmp_path, '--supervisor', 'friend 4999', env=wechat.env()):
+        wechat.wait(lambda: wechat.receiving)
+        assert 'lr = 0.1' in wechat.ask('lr 0.1', 'friend 4999')
+
+
 def test_a_code_that_is_odd_once_stays_on_the_screen(wechat, tmp_path):
     """It is renewed when the server says again and again that it has run out, or when it is old."""
     codes, usual = ['201', '400', '402', '201', '402', '408'], wechat.on_login

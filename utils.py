@@ -169,7 +169,6 @@ os.environ.pop('ITCHAT_UOS_ASYNC', None)  # its asynchronous half is another pro
 with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on the terminal
     import itchat
     import itchat.content
-    from itchat.components.contact import update_local_friends
     from itchat.components.messages import produce_msg
     from itchat.returnvalues import ReturnValue
     from itchat.storage import templates
@@ -867,7 +866,7 @@ class People:
             mail.put((person, '抱歉，这里的训练由别人监督，你的命令没有执行。'))
         return permitted
 
-    def rename(self, friends: list) -> None:
+    def rename(self, friends: Iterable) -> None:
         """Note the names of entries of the contacts that have changed."""
         with self.guard:
             for friend in friends:
@@ -1847,16 +1846,36 @@ class WeChat(itchat.Core, Client):
                 time.sleep(options.retry * pause)
                 pause *= 2
 
-    def note_contacts(self, contacts: list) -> None:
-        """Note new or changed entries of the contacts; groups are of no interest."""
-        for friend in contacts:
-            try:
-                if not friend['UserName'].startswith('@@'):
-                    names = {key: friend.get(key) or '' for key in ('NickName', 'RemarkName')}
-                    update_local_friends(self, [{'VerifyFlag': 0, **friend, **names}])
-                    people.rename([{**friend, **names}])
-            except Exception as error:  # of this entry
-                say(f'好友名单里有一项没有读成：{type(error).__name__}')
+    def note_contacts(self, contacts: list) -> set:
+        """Note new or changed entries of the contacts, and return whose; groups are of no interest.
+
+        itchat's own function searches all contacts for each.
+        """
+        noted = {}
+        with self.storageClass.updateLock:
+            known = {friend['UserName']: friend for friend in [*self.memberList, *self.mpList]}
+            for friend in contacts:
+                try:
+                    if not friend['UserName'].startswith('@@'):
+                        noted[friend['UserName']] = self.note_contact(friend, known)
+                except Exception as error:  # of this entry
+                    say(f'好友名单里有一项没有读成：{type(error).__name__}')
+        people.rename(noted.values())
+        return set(noted)
+
+    def note_contact(self, friend: dict, known: dict) -> dict:
+        """Note an entry of the contacts; `known` are those by UserName. Needs itchat's lock."""
+        friend = {'VerifyFlag': 0, **friend}
+        for name in ('NickName', 'RemarkName', 'DisplayName'):
+            friend[name] = friend.get(name) or ''
+            itchat.utils.emoji_formatter(friend, name)
+        if friend['UserName'] in known:
+            itchat.utils.update_info_dict(known[friend['UserName']], friend)
+        else:
+            contacts = self.mpList if friend['VerifyFlag'] & 8 else self.memberList
+            contacts.append(friend)  # as one of itchat's own
+            known[friend['UserName']] = contacts[-1]
+        return friend
 
     # -- the stored session
 
