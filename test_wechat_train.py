@@ -9,7 +9,7 @@ import ast
 import contextlib
 import csv
 import difflib
-import email
+import email.utils
 import fcntl
 import functools
 import gzip
@@ -80,6 +80,7 @@ class WeChat(http.server.ThreadingHTTPServer):
     owner = 'A'
     friends = 'B', 'C', 'D', 'E', 'F', 'G', 'H'  # the address of each changes at every login
     nicknames, remarks = {'G': 'H'}, {'D': '老王', 'F': 'E'}  # nicknames that are not the names here
+    ahead, dated = 0, False  # its clock against this machine's, in seconds; do its answers have a Date?
     patience = 0.5  # seconds that synccheck waits for a message; WeChat's own: 25
     group, public, cookies_for = '@@group', 'News', '.qq.com'
 
@@ -110,7 +111,7 @@ class WeChat(http.server.ThreadingHTTPServer):
         self.logged_out = False  # on the phone
         self.breaking = lambda name: (
             None
-        )  # what goes wrong with a request: None, 'drop', 'hang', 'mute', 'late', 500, 429 or a Ret
+        )  # what goes wrong with a request: None, 'drop', 'drip', 'hang', 'mute', 'late', 500, 429 or a Ret
         self.healed = threading.Event()  # ends what hangs
         self.sent = []  # (name, text) that the client sent; a picture is its bytes
         self.refusing = {}  # name -> the Ret with which what is sent to it is refused
@@ -153,13 +154,17 @@ class WeChat(http.server.ThreadingHTTPServer):
                         'Url': '',
                         'Content': html.escape(text, quote=False).replace('\n', '<br/>'),
                         'Status': 3,
-                        'CreateTime': int(time.time()),
+                        'CreateTime': self.now(),
                         'StatusNotifyUserName': '',
                     },
                     **fields,
                 )
             )
             self.changed.notify_all()
+
+    def now(self):
+        """Return the time by the server's clock."""
+        return int(time.time()) + self.ahead
 
     def heard(self, name='B', since=0):
         """Return the texts that `name` got, from the `since`-th on."""
@@ -320,6 +325,7 @@ class WeChat(http.server.ThreadingHTTPServer):
             'SyncKey': self.keys(),
             'ContactList': [],
             'InviteStartCount': 0,
+            'SystemTime': self.now(),
         }
 
     def on_webwxstatusnotify(self, request):
@@ -451,7 +457,7 @@ class FileHelper(WeChat):
             self.faults.append('an upload with the fields %r' % names)
 
     def on_webwxinit(self, request):
-        return {'User': self.contact(self.owner), 'SyncKey': self.keys()}
+        return {'User': self.contact(self.owner), 'SyncKey': self.keys(), 'SystemTime': self.now()}
 
     def on_webwxsync(self, request):
         answer = super().on_webwxsync(request)
@@ -500,6 +506,8 @@ class Answerer(http.server.BaseHTTPRequestHandler):
             self.server.healed.wait(DEADLINE)
         if fault in ('hang', 'drop'):
             raise ConnectionError('cut off by the test')
+        if fault == 'drip':
+            return self.drip()
         if fault in (500, 429):
             return self.answer(fault, {}, '')
         if fault == 'list':
@@ -520,7 +528,7 @@ class Answerer(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, headers, answer):
         answer = answer if isinstance(answer, bytes) else answer.encode()
-        self.send_response(status)
+        (self.send_response if self.server.dated else self.send_response_only)(status)
         for header in headers:
             self.send_header(*header)
         self.send_header('Content-Length', str(len(answer)))
@@ -529,6 +537,19 @@ class Answerer(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
 
     do_POST = do_GET
+
+    def drip(self):
+        """Answer a byte at a time, without an end."""
+        self.send_response_only(200)
+        self.send_header('Content-Length', '1000000')
+        self.end_headers()
+        while not self.server.healed.wait(0.2):
+            self.wfile.write(b' ')
+            self.wfile.flush()
+        raise ConnectionError('cut off by the test')
+
+    def date_time_string(self, timestamp=None):
+        return email.utils.formatdate(self.server.now(), usegmt=True)
 
     def handle(self):
         with contextlib.suppress(OSError):  # the client is gone, or is to be cut off
@@ -3735,20 +3756,46 @@ def test_what_strangers_write_cannot_steer_the_terminal(wechat, tmp_path):
         assert 'B：lr \\x1b[31m' in output
 
 
-def test_an_old_command_is_not_obeyed_after_a_start(wechat, tmp_path):
+@pytest.mark.parametrize(
+    'ahead, dated', [(0, True), (0, False), (-28800, False), (660, False), (28800, True)]
+)
+def test_an_old_command_is_not_obeyed_after_a_start(wechat, tmp_path, ahead, dated):
+    """By the server's clock, however wrong this machine's is."""
+    wechat.ahead, wechat.dated = ahead, dated
     with Program(tmp_path, env=wechat.env()) as program:
         wechat.ready()
+        wechat.says('B', 'bs 64', CreateTime=wechat.now() - 900)  # late, but while the program is there
+        wechat.wait_text('bs = 64')
         program.process.send_signal(signal.SIGTERM)  # in order: what has been read is kept
         assert program.process.wait(DEADLINE) == 143
     wechat.receiving = 0
     so_far = len(wechat.heard())
-    wechat.says('A', 'lr 0.9', CreateTime=int(time.time()) - 900)
-    wechat.says('A', 'ti 9', CreateTime=int(time.time()) - 60)
+    wechat.says('A', 'lr 0.9', CreateTime=wechat.now() - 900)
+    wechat.says('A', 'ti 9', CreateTime=wechat.now() - 60)
     with Program(tmp_path, '--supervisor', 'B', env=wechat.env()):
         wechat.wait(lambda: len(wechat.heard('filehelper')) == 2)
         old, new = wechat.heard('filehelper')
         assert old.startswith('“lr 0.9”太早了') and 'lr = 0.5' in new and 'ti = 9' in new
         assert wechat.logins == 1 and len(wechat.heard()) == so_far
+
+
+@pytest.mark.parametrize('server', [WeChat, FileHelper])
+def test_one_old_command_that_comes_alone_is_known_for_old(server, tmp_path):
+    phone = server(str(tmp_path))
+    phone.ahead = 660
+    options = ['--filehelper'] * (server is FileHelper)
+    for text, answer in (('lr 0.9', '太早了'), ('ti 9', 'ti = 9')):
+        with Program(tmp_path, *options, env=phone.env()) as program:
+            phone.ready()
+            phone.ask('参数')
+            program.process.send_signal(signal.SIGTERM)
+            assert program.process.wait(DEADLINE) == 143
+        phone.receiving, phone.ahead = 0, phone.ahead + 7200  # two hours later
+        phone.says('A', text, CreateTime=phone.now() - (900 if answer == '太早了' else 60))
+        with Program(tmp_path, *options, env=phone.env()):
+            assert 'lr = 0.5' in phone.wait_text(answer, 'filehelper') or answer == '太早了'
+    phone.shutdown()
+    assert phone.faults == [] and phone.logins == 1
 
 
 # ------------------------------------------------------------------------ the chat outlives everything
@@ -4500,11 +4547,186 @@ def test_a_taken_over_nickname_commands_nothing(wechat, tmp_path):
 
 def test_an_old_command_makes_nobody_the_supervisor(wechat, tmp_path):
     with Program(tmp_path, env=wechat.env()):
-        wechat.wait(lambda: wechat.receiving)
-        wechat.says('C', '帮助', CreateTime=int(time.time()) - 86400)
+        wechat.wait(lambda: wechat.receiving and os.path.exists(tmp_path / 'itchat.pkl'))
+    wechat.says('C', '帮助', CreateTime=wechat.now() - 86400)
+    with Program(tmp_path, env=wechat.env()):
         assert '太早了' in wechat.wait_text('帮助', 'C')
         wechat.ready()
         assert wechat.ask('参数', 'C').startswith('抱歉')
+
+
+# ------------------------------------------------------------------------------- answers that are odd
+
+
+@pytest.mark.parametrize('server', [WeChat, FileHelper])
+def test_what_is_missing_in_an_answer_is_empty(server, tmp_path):
+    phone, usual, changes = server(str(tmp_path)), None, {}
+    usual = phone.on_webwxsync
+    options = ['--filehelper'] * (server is FileHelper)
+
+    def sync(request):
+        answer = {**usual(request), **changes.get('put', {})}
+        return {name: value for name, value in answer.items() if name not in changes.get('drop', ())}
+
+    phone.on_webwxsync = sync
+    with Program(tmp_path, *options, env=phone.env(), before=QUICK) as program:
+        phone.ready()
+        for i, names in enumerate(
+            (('ModContactList',), ('SyncCheckKey',), ('SyncKey',), ('SyncKey', 'SyncCheckKey'))
+        ):
+            changes['drop'] = names
+            assert f'lr = 0.{i + 1}' in phone.ask(f'lr 0.{i + 1}')
+        changes.update(drop=(), put={'AddMsgList': None, 'ModContactList': None, 'SyncCheckKey': None})
+        so_far = len(phone.messages)
+        phone.says('A', '你好')
+        phone.wait(lambda: phone.seen > so_far)
+        changes['put'] = {}
+        assert 'ti = 3' in phone.ask('ti 3')
+        phone.says('A', 'ti 4', CreateTime=str(phone.now()), Url=None)
+        assert 'ti = 4' in phone.wait_text('ti = 4', 'filehelper')
+        texts = [text for _, text in phone.sent]
+        assert all(sum(f'lr = 0.{i}' in text for text in texts) == (3 if i == 4 else 1) for i in range(1, 5))
+        assert phone.logins == 1 and '断开' not in program.output() and 'Traceback' not in program.output()
+    phone.shutdown()
+    assert phone.faults == []
+
+
+@pytest.mark.parametrize('server', [WeChat, FileHelper])
+def test_bytes_that_are_not_utf8_harm_nothing(server, tmp_path):
+    """In every answer that is JSON, and in what waits for the next start."""
+    phone = server(str(tmp_path))
+    phone.nicknames = {'A': 'A~', 'C': 'C~'}
+    usual, options = phone.respond, ['--filehelper'] * (server is FileHelper)
+
+    def respond(*args):
+        status, headers, answer = usual(*args)
+        return status, headers, answer.encode().replace(b'~', b'\xe4\xff')
+
+    phone.respond = respond
+    for start in range(2):
+        with Program(tmp_path, *options, env=phone.env()) as program:
+            phone.ready()
+            so_far = len(phone.messages)
+            phone.says('A', '~')
+            phone.wait(lambda so_far=so_far: phone.seen > so_far)
+            assert f'ti = {start + 3}' in phone.ask(f'ti {start + 3}')
+            assert '已登录：A\ufffd' in program.output() and '断开' not in program.output()
+        phone.receiving = 0
+        phone.says('A', '~')
+    phone.shutdown()
+    assert phone.faults == [] and phone.logins == 1
+
+
+@pytest.mark.parametrize('server', [WeChat, FileHelper])
+def test_a_message_that_cannot_be_read_is_told_and_skipped_once(server, tmp_path):
+    phone = server(str(tmp_path))
+    options = ['--filehelper'] * (server is FileHelper)
+    with Program(tmp_path, *options, env=phone.env()) as program:
+        phone.ready()
+        with phone.changed:  # in one answer
+            phone.messages.append('no message')
+            phone.says('A', '帮助', FromUserName=None)
+            phone.says('A', 'lr 0.1')
+        phone.wait_text('lr = 0.1', 'filehelper')
+        assert 'lr = 0.2' in phone.ask('lr 0.2') and program.output().count('没有读成') == 2
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(DEADLINE) == 143
+    phone.receiving = 0
+    with Program(tmp_path, *options, env=phone.env()) as program:
+        phone.ready()
+        assert 'lr = 0.3' in phone.ask('lr 0.3') and '没有读成' not in program.output()
+    phone.shutdown()
+    assert phone.faults == [] and phone.logins == 1
+
+
+@pytest.mark.parametrize('server', [WeChat, FileHelper])
+def test_messages_that_come_again_and_again_are_fetched_in_peace(server, tmp_path):
+    phone = server(str(tmp_path))
+    options = ['--filehelper'] * (server is FileHelper)
+    with Program(tmp_path, *options, env=phone.env(), before=QUICK):
+        phone.ready()
+        phone.keys = lambda: {'Count': 1, 'List': [{'Key': 1, 'Val': 0}]}
+        assert 'lr = 0.1' in phone.ask('lr 0.1')
+        so_far = len(phone.requests)
+        with phone.changed:  # without a pause it is a hundred
+            assert not phone.changed.wait_for(lambda: len(phone.requests) - so_far > 50, 4)
+        assert 'lr = 0.2' in phone.ask('lr 0.2')
+        assert sum('lr = 0.1' in text for _, text in phone.sent) == 1
+    phone.shutdown()
+    assert phone.faults == []
+
+
+def test_contacts_without_an_end_come_to_one(wechat, tmp_path):
+    usual = wechat.on_webwxgetcontact
+    wechat.on_webwxgetcontact = lambda query: json.dumps(
+        {**json.loads(usual(query)), 'Seq': next(wechat.numbers)}
+    )
+    with Program(tmp_path, env=wechat.env()):
+        wechat.ready()
+        assert sum('webwxgetcontact' in request for request in wechat.requests) == 2
+
+
+def test_an_answer_that_drips_holds_up_nobody(wechat, tmp_path):
+    with Program(tmp_path, env=wechat.env(), before=SHORT_TIMEOUTS) as program:
+        wechat.ready()
+        faults = ['drip']
+        wechat.breaking = lambda name: faults.pop() if name == 'webwxsendmsg' and faults else None
+        wechat.says('A', 'lr 0.1')
+        wechat.wait(lambda: not faults)
+        wechat.says('B', 'lr 0.2')
+        wechat.wait_text('lr = 0.2')
+        wechat.wait_text('lr = 0.1', 'filehelper')
+        assert 'ConnectionError' in program.output()
+    wechat.healed.set()
+
+
+def test_ten_thousand_friends_are_noted_in_linear_time(tmp_path, monkeypatch):
+    """And itchat's own functions find them."""
+    looks = []
+    get = utils.templates.AttributeDict.get
+    counting = lambda friend, *args: (looks.append(1), get(friend, *args))[1]  # noqa: E731
+    monkeypatch.setattr(utils.templates.AttributeDict, 'get', counting)
+    monkeypatch.setattr(utils, 'people', People(), raising=False)
+    client = utils.WeChat()
+    names = [f'N{i}' for i in range(10000)]
+    friends = [{'UserName': '@' + name, 'NickName': name, 'Sex': 0, 'Alias': ''} for name in names]
+    client.note_contacts([*friends, {'UserName': '@News', 'NickName': 'News', 'VerifyFlag': 8}])
+    client.note_contacts([{'UserName': '@N77', 'NickName': 'N77', 'RemarkName': 'R'}, *friends])
+    assert len(looks) < 10 * len(friends)
+    assert [friend['NickName'] for friend in client.get_friends()] == names
+    assert [mp['NickName'] for mp in client.get_mps()] == ['News']
+    assert client.search_friends(name='R')[0]['UserName'] == '@N77'
+    assert type(client.search_friends(userName='@N9999')) is utils.templates.User
+    message = {'FromUserName': '@N9999', 'ToUserName': '@me', 'MsgType': 1, 'Content': 'x', 'Url': ''}
+    [message] = utils.produce_msg(client, [message])
+    assert message['User']['NickName'] == 'N9999' and message['User'].core is client
+
+
+class People:
+    def rename(self, friends):
+        assert all(friend['NickName'] for friend in friends)
+
+
+def test_five_thousand_friends_and_the_last_of_them_commands(wechat, tmp_path):
+    wechat.friends = (*wechat.friends, *(f'friend {i}' for i in range(5000)))
+    with Program(tmp_path, '--supervisor', 'friend 4999', env=wechat.env()):
+        wechat.wait(lambda: wechat.receiving)
+        assert 'lr = 0.1' in wechat.ask('lr 0.1', 'friend 4999')
+
+
+def test_a_code_that_is_odd_once_stays_on_the_screen(wechat, tmp_path):
+    """It is renewed when the server says again and again that it has run out, or when it is old."""
+    codes, usual = ['201', '400', '402', '201', '402', '408'], wechat.on_login
+    wechat.on_login = lambda query: f'window.code={codes.pop(0)};' if codes else usual(query)
+    with Program(tmp_path, env=wechat.env(), before=QUICK) as program:
+        wechat.ready()
+        assert wechat.requests.count('login.weixin.qq.com/jslogin') == 1
+        assert '过期' not in program.output()
+    (tmp_path / 'itchat.pkl').unlink()
+    wechat.phone = 'waits'
+    with Program(tmp_path, env=wechat.env(), before=QUICK.replace('retry = 0.1', 'renew = 0.2')) as program:
+        program.wait_output('二维码过期了，换一个新的', 2)
+        wechat.wait(lambda: wechat.requests.count('login.weixin.qq.com/jslogin') == 4)
 
 
 def test_a_blank_supervisor_is_a_mistake(tmp_path):

@@ -181,7 +181,7 @@ os.environ.pop('ITCHAT_UOS_ASYNC', None)  # its asynchronous half is another pro
 with contextlib.redirect_stdout(io.StringIO()):  # importing it draws a block on the terminal
     import itchat
     import itchat.content
-    from itchat.components.contact import update_local_friends
+    from itchat.components.contact import update_local_chatrooms
     from itchat.components.messages import produce_msg
     from itchat.returnvalues import ReturnValue
     from itchat.storage import templates
@@ -554,6 +554,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
     parser.set_defaults(retry=1)  # seconds until what failed is tried again; twice as many every time
     parser.set_defaults(timeout=itchat.config.TIMEOUT)  # seconds to connect, to wait for an answer
+    parser.set_defaults(renew=300)  # seconds until a QR code that nobody has scanned is renewed
     parser.set_defaults(silence=300)  # seconds without a batch that are told
     return parser
 
@@ -960,7 +961,7 @@ class People:
         mail.put((person, '机主允许你下命令了，发“帮助”看有哪些。'))
         return f'好，{person.name} 能下命令了。'
 
-    def rename(self, friends: list) -> None:
+    def rename(self, friends: Iterable) -> None:
         """Note the names of entries of the contacts that have changed."""
         with self.guard:
             for friend in friends:
@@ -1578,9 +1579,9 @@ class Client:
     def keep_session(self) -> None:
         """Keep the session for the next start, with what has been read."""
 
-    def server_time(self) -> float:
-        """Return the time by the clock that the messages' CreateTime is of."""
-        return time.time()
+    def is_old(self, msg: dict) -> bool:
+        """Return whether a message was written while the program was down, more than ten minutes ago."""
+        return False
 
     # -- how the program begins and ends
 
@@ -1747,18 +1748,21 @@ class Refused(Exception):
 
 
 class Adapter(requests.adapters.HTTPAdapter):
-    """What itchat leaves out of a request: a time-out when it logs in, sends or uploads, a look at the
-    status, and what the client wants to change. Called by the main thread and by the mail's."""
+    """What itchat leaves out of a request: a time-out when it logs in, sends or uploads, and for the whole of
+    an answer, a look at the status, and what the client wants to change. Called by the main thread and by the
+    mail's."""
 
     def __init__(self, client):
         super().__init__()
         self.client = client
 
-    def send(self, request, timeout=None, **kwargs):
+    def send(self, request, stream=False, timeout=None, **kwargs):
         name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
         self.client.change_request(name, request)
         try:
-            response = super().send(request, timeout=timeout or tuple(options.timeout), **kwargs)
+            response = super().send(request, stream, timeout or tuple(options.timeout), **kwargs)
+            if not stream:  # as itchat downloads what may be large
+                read_body(response, options.timeout[1])
         except (OSError, ValueError) as error:  # not only RequestException: of a proxy's name, of a file
             trace(request, type(error).__name__)
             known = isinstance(error, requests.RequestException) and not isinstance(error, ValueError)
@@ -1768,7 +1772,7 @@ class Adapter(requests.adapters.HTTPAdapter):
         trace(request, response)
         if response.status_code >= 500 or response.status_code == 429:  # 429: too many requests
             raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
-        self.client.change_answer(name, response)
+        self.client.note_answer(response)
         return response
 
 
@@ -1820,6 +1824,49 @@ def is_certificates(path: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def read_body(response: Any, seconds: float) -> None:
+    """Read an answer to its end, in so many seconds: the time-out of a socket begins anew with every byte.
+
+    Raises ConnectionError.
+    """
+    raw, parts, deadline = response.raw, [], time.monotonic() + seconds
+    try:
+        while part := raw.read1(65536, decode_content=False):
+            parts.append(part)
+            if time.monotonic() > deadline:
+                response.close()
+                raise requests.ConnectionError
+    except requests.exceptions.BaseHTTPError as error:  # urllib3's
+        raise requests.ConnectionError from error
+    how = {'preload_content': False, 'original_response': raw._original_response}
+    response.raw = type(raw)(io.BytesIO(b''.join(parts)), raw.headers, **how)  # to be decoded
+
+
+def read(response: Any) -> dict:
+    """Return the object that an answer is, whatever bytes are in its texts. Raises ValueError."""
+    answer = json.loads(response.content.decode('utf-8-sig', 'replace'), strict=False)
+    if not isinstance(answer, dict):
+        raise ValueError('no object')
+    return answer
+
+
+def listed(answer: dict, name: str) -> list:
+    """Return a list in an answer; what is missing is empty."""
+    return answer[name] if isinstance(answer.get(name), list) else []
+
+
+def moment(value: Any) -> int:
+    """Return a time that the server has written, as a number or as its digits; 0 for anything else."""
+    return int(value) if re.fullmatch(r'\d{1,10}', str(value)) else 0
+
+
+def sync_key(value: Any) -> str:
+    """Return a SyncKey, the place up to which messages were fetched, as synccheck has it; '' for none."""
+    with contextlib.suppress(LookupError, TypeError):
+        return '|'.join(f'{item["Key"]}_{item["Val"]}' for item in value['List'])
+    return ''
 
 
 HARMLESS = {  # names whose values a trace may show: numbers; in queries and headers, texts, too
@@ -1930,11 +1977,12 @@ class WeChat(itchat.Core, Client):
         self.refusals = self.empty = 0  # fetches in a row that were refused, that brought nothing
         self.silent = 0  # looks in a row that were not answered although the fetch was
         self.odd = 0  # looks in a row that were answered with a log-out
-        self.run_out = 0  # QR codes in a row that had run out when they were asked for
+        self.unscanned = 0  # odd answers in a row to whether a QR code was scanned
+        self.shown = '', 0  # the QR code that was asked for, and since when, by time.monotonic()
         self.trouble = None  # what kept the server from answering get_msg()
         self.early = []  # messages that came with the login
-        self.clock = 0  # by how many seconds the server's is ahead
-        self.seen = collections.deque(maxlen=1000)  # MsgIds: after a login the server may send them again
+        self.more = self.caught_up = False  # is there more to fetch? Has all come from before the program?
+        self.seen = collections.deque(maxlen=10000)  # MsgIds: after a login the server may send them again
         self.echo = threading.Condition()
         self.sending = None  # the text that WeChat has been given and has not answered yet
         # MsgIds of what was sent; the text where the answer got lost.
@@ -1975,6 +2023,9 @@ class WeChat(itchat.Core, Client):
                 stored = self.useHotReload and bool(self.load_login_status(self.hotReloadDir))
                 if not stored:
                     self.log_in_by_code()
+                elif self.early and not self.caught_up:  # are they old?
+                    with contextlib.suppress(requests.RequestException, ValueError):
+                        self.note_time(self.fetch_account().get('SystemTime'))
         except requests.RequestException as error:
             if getattr(error.response, 'status_code', None) == 429:
                 return self.busy
@@ -2027,9 +2078,13 @@ class WeChat(itchat.Core, Client):
         return uuid
 
     def check_login(self, uuid: Optional[str] = None) -> str:
-        """Ask once if the code was scanned: '408' not yet, '201' scanned, '200' logged in, else run out."""
-        now = int(time.time())
-        query = {'loginicon': 'true', 'uuid': uuid or self.uuid, 'tip': 1, 'r': -now // 1579, '_': now}
+        """Ask once if the code was scanned: '408' not yet, '201' scanned, '200' logged in, else run out.
+
+        It has run out when the server says so three times, or after some minutes: somebody may be slow to
+        confirm, or refuse and scan again.
+        """
+        now, uuid = int(time.time()), uuid or self.uuid
+        query = {'loginicon': 'true', 'uuid': uuid, 'tip': 1, 'r': -now // 1579, '_': now}
         answer = self.ask(f'{itchat.config.BASE_URL}/cgi-bin/mmwebwx-bin/login', params=query).text
         code = re.search(r'window.code=(\d+)', answer)
         page = re.search(r'window.redirect_uri="(\S+)"', answer)
@@ -2037,9 +2092,18 @@ class WeChat(itchat.Core, Client):
             self.open_session(page[1])
         if not code:
             raise requests.RequestException('no answer to login')
-        self.run_out = 0 if code[1] in ('200', '201', '408') else self.run_out + 1
-        if self.run_out > 1:  # codes that are run out as soon as they are shown
-            self.pause(min(self.run_out - 1, 6))
+        if self.shown[0] != uuid:
+            self.shown = uuid, time.monotonic()
+        if code[1] in ('200', '201', '408'):
+            self.unscanned = 0
+            if code[1] != '408' or time.monotonic() - self.shown[1] < options.renew:
+                return code[1]
+            self.shown = '', 0
+            return '400'
+        self.unscanned += 1
+        if self.unscanned % 3:
+            self.pause(min(self.unscanned, 6))
+            return '408'
         return code[1]
 
     def ask(self, url: str, **kwargs) -> Any:
@@ -2127,38 +2191,95 @@ class WeChat(itchat.Core, Client):
         with contextlib.suppress(requests.RequestException):
             super().show_mobile_login()
 
+    def post(self, name: str, query: dict, **data) -> dict:
+        """Post to the session's host, as itchat does; change_request() puts in the tickets named in `query`.
+
+        Raises RequestException, or ValueError for an answer that is none.
+        """
+        kind = 'application/json; charset=UTF-8'
+        headers = {'ContentType': kind, 'User-Agent': itchat.config.USER_AGENT}
+        content = json.dumps({'BaseRequest': self.loginInfo['BaseRequest'], **data})
+        url = f'{self.loginInfo["url"]}/{name}'
+        return read(self.s.post(url, params=query, data=content, headers=headers))
+
+    def fetch_account(self) -> dict:
+        """Ask for the account, as a page does that is opened."""
+        return self.post('webwxinit', {'r': int(-time.time() / 1579), 'pass_ticket': ''})
+
+    def web_init(self) -> dict:
+        """Fetch the account, and where its messages begin. Raises Refused."""
+        answer = self.fetch_account()
+        user = itchat.utils.struct_friend_info(answer.get('User') or {})
+        refused = (answer.get('BaseResponse') or {}).get('Ret')
+        if refused or not user['UserName'] or not self.move_on(answer):
+            raise Refused
+        user['NickName'] = user['NickName'] or ''
+        itchat.utils.emoji_formatter(user, 'NickName')
+        count = moment(answer.get('InviteStartCount'))
+        self.loginInfo.update(User=templates.wrap_user_dict(user), InviteStartCount=count)
+        self.memberList.append(self.loginInfo['User'])
+        self.storageClass.userName, self.storageClass.nickName = user['UserName'], user['NickName']
+        self.note_time(answer.get('SystemTime'))
+        contacts = listed(answer, 'ContactList')
+        for contact in contacts:
+            with contextlib.suppress(LookupError, AttributeError, TypeError):  # of this entry
+                if contact['UserName'].startswith('@@'):
+                    update_local_chatrooms(self, [{**contact, 'MemberList': []}])
+        self.note_contacts(contacts)
+        return answer
+
     def get_contact(self, update: bool = False) -> list:
         """Fetch the friends. Raises RequestException when that fails: without them nobody could command."""
         if not update:
             return super().get_contact()
-        url, seq, pause = self.loginInfo['url'] + '/webwxgetcontact', 0, 1
+        url, seq, pause, known = self.loginInfo['url'] + '/webwxgetcontact', 0, 1, set()
         while True:
             try:
                 query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
-                answer = self.ask(url, params=query).json()
+                answer = read(self.ask(url, params=query))
                 if answer['BaseResponse']['Ret'] != 0:
                     raise requests.RequestException('refused')
-                self.note_contacts(answer['MemberList'])
-                seq = answer.get('Seq', 0)
-                if not seq:
+                names, seq = self.note_contacts(answer['MemberList']), answer.get('Seq')
+                if not seq or names <= known:
                     return []
-            except (requests.RequestException, LookupError, TypeError) as error:
+                known |= names
+            except (requests.RequestException, LookupError, TypeError, ValueError) as error:
                 if pause > 4:
                     raise requests.RequestException('no contacts') from error
                 say('好友名单没有取到，再试。')
                 time.sleep(options.retry * pause)
                 pause *= 2
 
-    def note_contacts(self, contacts: list) -> None:
-        """Note new or changed entries of the contacts; groups are of no interest."""
-        for friend in contacts:
-            try:
-                if not friend['UserName'].startswith('@@'):
-                    names = {key: friend.get(key) or '' for key in ('NickName', 'RemarkName')}
-                    update_local_friends(self, [{'VerifyFlag': 0, **friend, **names}])
-                    people.rename([{**friend, **names}])
-            except Exception as error:  # of this entry
-                say(f'好友名单里有一项没有读成：{type(error).__name__}')
+    def note_contacts(self, contacts: list) -> set:
+        """Note new or changed entries of the contacts, and return whose; groups are of no interest.
+
+        itchat's own function searches all contacts for each.
+        """
+        noted = {}
+        with self.storageClass.updateLock:
+            known = {friend['UserName']: friend for friend in [*self.memberList, *self.mpList]}
+            for friend in contacts:
+                try:
+                    if not friend['UserName'].startswith('@@'):
+                        noted[friend['UserName']] = self.note_contact(friend, known)
+                except Exception as error:  # of this entry
+                    say(f'好友名单里有一项没有读成：{type(error).__name__}')
+        people.rename(noted.values())
+        return set(noted)
+
+    def note_contact(self, friend: dict, known: dict) -> dict:
+        """Note an entry of the contacts; `known` are those by UserName. Needs itchat's lock."""
+        friend = {'VerifyFlag': 0, **friend}
+        for name in ('NickName', 'RemarkName', 'DisplayName'):
+            friend[name] = friend.get(name) or ''
+            itchat.utils.emoji_formatter(friend, name)
+        if friend['UserName'] in known:
+            itchat.utils.update_info_dict(known[friend['UserName']], friend)
+        else:
+            contacts = self.mpList if friend['VerifyFlag'] & 8 else self.memberList
+            contacts.append(friend)  # as one of itchat's own
+            known[friend['UserName']] = contacts[-1]
+        return friend
 
     # -- the stored session
 
@@ -2203,20 +2324,38 @@ class WeChat(itchat.Core, Client):
             return answer
 
     def get_msg(self) -> tuple:
-        """Fetch messages and changed contacts; (None, None) when the server refuses."""
+        """Fetch messages, note changed contacts; return (messages, []), or (None, None) at a refusal.
+
+        An answer is read to its end; only then the next one is for what follows.
+        """
+        info = self.loginInfo
         try:
-            messages, contacts = super().get_msg()
+            info['deviceid'] = 'e' + repr(random.random())[2:17]
+            how = {'SyncKey': info['SyncKey'], 'rr': ~int(time.time())}
+            answer = self.post('webwxsync', dict.fromkeys(('sid', 'skey', 'pass_ticket'), ''), **how)
+            self.sync_ret = answer['BaseResponse']['Ret']
         except Exception as error:  # load_login_status() of itchat swallows it
             self.trouble = requests.RequestException(f'no answer: {type(error).__name__}')
             self.trouble.words = getattr(error, 'words', '')
             raise
-        if messages is None and self.sync_ret in (-1, 1205) and self.refusals <= 3:  # a passing refusal
-            self.trouble = requests.RequestException(f'Ret {self.sync_ret}')
-        self.refusals = self.refusals if messages is None else 0
-        if self.alive or messages is None:
-            return messages, contacts
-        self.early = messages  # of load_login_status(), which would not look who has written them
-        return [], contacts
+        if self.sync_ret != 0:
+            if self.sync_ret in (-1, 1205) and self.refusals <= 3:  # a passing refusal
+                self.trouble = requests.RequestException(f'Ret {self.sync_ret}')
+            return None, None
+        messages, self.refusals, self.more = listed(answer, 'AddMsgList'), 0, bool(answer.get('ContinueFlag'))
+        self.note_time(*(msg.get('CreateTime') for msg in messages if isinstance(msg, dict)))
+        self.note_contacts(listed(answer, 'ModContactList'))
+        self.move_on(answer)
+        if not self.alive:  # load_login_status() would not look who has written them
+            self.early, messages = messages, []
+        return messages, []
+
+    def move_on(self, answer: dict) -> bool:
+        """Ask next time for what comes after `answer`; return whether it says where that is."""
+        keys = [key for key in (answer.get('SyncKey'), answer.get('SyncCheckKey')) if sync_key(key)]
+        if keys:
+            self.loginInfo.update(SyncKey=keys[0], synckey=sync_key(keys[-1]))
+        return bool(keys)
 
     def log_out_stored(self) -> None:
         """End the stored session on the server, remove its file and end the program."""
@@ -2298,26 +2437,34 @@ class WeChat(itchat.Core, Client):
 
     def receive(self) -> None:
         """Look for news, and hand every text to its handler. Raises SessionOver."""
-        messages, contacts, self.early = self.early, [], []
+        messages, news, self.early = self.early, False, []
         if not messages:
             with self.waiting():
                 news = self.look()
                 if news:
-                    messages, contacts = self.get_msg()
+                    messages, _ = self.get_msg()
                     if messages is None:
                         self.check_refusal()
-                    self.empty = 0 if messages or contacts else self.empty + 1
-            if self.empty:  # it says that there is something, and there is nothing: for some selectors
-                self.pause(min(self.empty, 3))
-        self.note_contacts(contacts or [])
-        for msg in messages:
-            try:
-                self.take(msg)
-            except Exception as error:  # of this message; those behind it must not suffer
-                if msg.get('MsgType') == 1:  # a text
-                    say(f'一条消息没有读成：{type(error).__name__}')
+        fresh = [self.take_new(msg) for msg in messages]
+        self.caught_up |= bool(messages) and not self.more
         if messages:
             self.keep_session()  # the commands among them are remembered by now
+        self.empty = self.empty + 1 if news and not any(fresh) else 0
+        if self.empty:  # it says that there is something, and there is nothing, or the same again
+            self.pause(min(self.empty, 3))
+
+    def take_new(self, msg: Any) -> bool:
+        """Hand on one message, if it can be read; return False when it has come before."""
+        number = str((isinstance(msg, dict) and msg.get('MsgId')) or msg)
+        if number in self.seen:
+            return False
+        self.seen.append(number)
+        try:
+            self.take({'Url': '', **msg, 'MsgId': number})
+        except Exception as error:  # of this message; those behind it must not suffer
+            if not isinstance(msg, dict) or msg.get('MsgType', 1) == 1:  # a text
+                say(f'一条消息没有读成：{type(error).__name__}')
+        return True
 
     def check_refusal(self) -> None:
         """Raise SessionOver when a fetch was refused for good, RequestException when it may be tried."""
@@ -2349,14 +2496,21 @@ class WeChat(itchat.Core, Client):
         return selector != '0'
 
     def take(self, msg: dict) -> None:
-        """Hand one message to its handler, unless it is a group's, the program's own, or has come before."""
+        """Hand one message to its handler, unless it is a group's or the program's own."""
         chats = msg['FromUserName'] + msg['ToUserName']
-        if '@@' in chats or msg['MsgType'] == 51 or msg['MsgId'] in self.seen:  # 51: opened on the phone
+        if '@@' in chats or msg['MsgType'] == 51:  # 51: opened on the phone
             return
-        self.seen.append(msg['MsgId'])
         [msg] = produce_msg(self, [msg])
         if not self.is_own(msg):
             trainer.take(msg)
+
+    def is_old(self, msg: dict) -> bool:
+        """Decide by the server's clock alone: this machine's may be wrong by hours."""
+        return not self.caught_up and 0 < moment(msg.get('CreateTime')) < self.loginInfo['newest'] - 600
+
+    def note_time(self, *times: Any) -> None:
+        """Note what tells the server's time: the newest that is known, also of an earlier program."""
+        self.loginInfo['newest'] = max([self.loginInfo.get('newest', 0), *map(moment, times)])
 
     # -- sending
 
@@ -2400,16 +2554,10 @@ class WeChat(itchat.Core, Client):
             query['pass_ticket'] = urllib.parse.unquote(self.loginInfo['pass_ticket'])
         request.url = url._replace(query=urllib.parse.urlencode(query)).geturl()
 
-    def change_answer(self, name: str, response: Any) -> None:
-        """Change an answer before itchat reads it; take the time from it."""
+    def note_answer(self, response: Any) -> None:
+        """Note the time in an answer, which some servers tell."""
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            if name == 'webwxsync':
-                self.sync_ret = response.json()['BaseResponse']['Ret']
-            date = email.utils.parsedate_to_datetime(response.headers['Date'])
-            self.clock = date.timestamp() - time.time()
-
-    def server_time(self) -> float:
-        return time.time() + self.clock
+            self.note_time(int(email.utils.parsedate_to_datetime(response.headers['Date']).timestamp()))
 
 
 def set_damaged_session_aside(path: str) -> None:
@@ -2518,8 +2666,6 @@ class FileHelper(WeChat):
         """Fetch the account; note when it is refused after the login was confirmed."""
         self.init_refused = True
         answer = super().web_init()
-        if answer.get('BaseResponse', {}).get('Ret') or not answer['User'].get('UserName'):
-            raise Refused
         self.init_refused = False
         return answer
 
@@ -2529,6 +2675,10 @@ class FileHelper(WeChat):
     def get_contact(self, update: bool = False) -> list:
         """Return nobody: there is only 文件传输助手."""
         return []
+
+    def note_contacts(self, contacts: list) -> set:
+        """Note nobody, likewise."""
+        return set()
 
     def load_login_status(self, fileDir: str, **callbacks) -> Any:
         answer = super().load_login_status(fileDir, **callbacks)
@@ -2633,14 +2783,6 @@ class FileHelper(WeChat):
         entry = urllib.parse.urlsplit(self.loginInfo.get('url') or f'https://{self.entry}').hostname
         headers = {'mmweb_appid': self.app_id, 'Referer': f'https://{entry}/', 'Origin': f'https://{entry}'}
         request.headers.update(headers, **{'User-Agent': itchat.config.USER_AGENT})
-
-    def change_answer(self, name: str, response: Any) -> None:
-        """Put in what itchat reads although this server does not send it."""
-        super().change_answer(name, response)
-        if name in ('webwxinit', 'webwxsync') and response.ok:
-            answer = json.loads(response.content)
-            missing = {'InviteStartCount': 0, 'ModContactList': [], 'SyncCheckKey': answer.get('SyncKey')}
-            response._content = json.dumps({**missing, **answer, 'ContactList': []}).encode()
 
 
 # ------------------------------------------------------------------------------ the training process
@@ -2944,7 +3086,7 @@ class Trainer:
             return False
         if not parsed.complete and not people.may_command(person):
             return True  # a friend's small talk that looks like one
-        name, text, old = visible(person.name), msg['Text'].strip(), is_old(msg)
+        name, text, old = visible(person.name), msg['Text'].strip(), itchat.instance.is_old(msg)
         itchat.instance.log(f'{name}：{visible(text)}')
         if memory.rows('SELECT 1 FROM message WHERE id = ?', msg['MsgId']):
             return True  # the server sends it again
@@ -3249,16 +3391,6 @@ def forget_messages() -> list:
 def too_old(text: str) -> str:
     """Return the answer to a command from when the program was not there."""
     return f'“{text.strip()[:20]}”太早了，是程序不在时写的，没有执行。还要就再发一次。'
-
-
-def is_old(msg: dict) -> bool:
-    """Return whether a command was written while the program was down, more than ten minutes ago."""
-    now = itchat.instance.server_time()
-    written = msg.get('CreateTime', now)
-    return written < now - (time.time() - started) and now - written > 600
-
-
-started = time.time()  # of the program
 
 
 def wait_for_end(process: subprocess.Popen, result: list, write: int) -> None:
