@@ -13,7 +13,7 @@ line, trains. Read from top to bottom:
 The first half knows no network and no run, only what it was told of one; the second knows no session and
 no contacts. Between them is one Line, and on it itchat's interface.
 
-In the talking process the main thread logs in and receives (clients), the mail thread sends (Mail), one
+In the talking process the main thread logs in and receives (clients), two threads send (Mail), one
 listens to the training process and starts it again (Trainer), one prints (Printer), one watches for a run
 that stands still. In the training process the main thread runs nn_train, one listens on the line and
 carries out commands, one draws.
@@ -555,6 +555,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(retry=1)  # seconds until what failed is tried again; twice as many every time
     parser.set_defaults(timeout=itchat.config.TIMEOUT)  # seconds to connect, to wait for an answer
     parser.set_defaults(renew=300)  # seconds until a QR code that nobody has scanned is renewed
+    parser.set_defaults(give_up=600)  # seconds until a text that WeChat refuses is written down instead
     parser.set_defaults(silence=300)  # seconds without a batch that are told
     return parser
 
@@ -1017,19 +1018,47 @@ class People:
     def find(self, friends: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
         """Return the one friend called `name`, as `person` if given, or say why not. Needs the guard.
 
-        The owner's remarks count before the nicknames, which their bearers choose.
+        The owner's remarks count before the nicknames, which their bearers choose; who is known is looked for
+        by both, then by the one that the owner sees.
         """
-        shown = [f for f in friends if f.get('RemarkName') == name]
-        shown = shown or [f for f in friends if f.get('NickName') == name]
-        if len(shown) == 1:
-            if person is not None and shown[0]['UserName'] not in self.known:
-                person.user_name = shown[0]['UserName']
+        names = [(canonical(f.get('RemarkName')), canonical(f.get('NickName')), f) for f in friends]
+        name, old = canonical(name), person and (canonical(person.remark), canonical(person.nickname))
+        found = [f for *both, f in names if person and tuple(both) == old]
+        found = found or [f for remark, _, f in names if remark == name and (not person or person.remark)]
+        found = found or [f for remark, nick, f in names if nick == name and not (person and remark)]
+        if len(found) == 1:
+            if person is not None and found[0]['UserName'] not in self.known:
+                person.user_name = found[0]['UserName']
                 self.known[person.user_name] = person
-            return self.meet(shown[0])
-        why = f'有 {len(shown)} 个好友叫这个名字，请用备注名区分' if shown else '好友里没有这个人'
+            return self.meet(found[0])
+        why = f'有 {len(found)} 个好友叫这个名字，请用备注名区分' if found else '好友里没有这个人'
         if person is None or person.role:
             say(f'监督人“{visible(name)}”：{why}')
         return None
+
+
+def canonical(name: Optional[str]) -> str:
+    """Return a name in the form in which names are compared: WeChat writes some characters in several ways.
+
+    >>> canonical('A&amp;B\\xa0 ') == canonical('Ａ&B'), canonical('猫<span class="emoji emoji1f63b"></span>')
+    (True, '猫😍')
+    """
+    name = re.sub(r'<span class="emoji emoji([0-9a-f]+)"></span>', emoji, name or '')
+    name = unicodedata.normalize('NFKC', html.unescape(name)).translate(CATS)
+    name = ''.join(c for c in name if c == '\u200d' or unicodedata.category(c) not in ('Cf', 'Mn', 'Me'))
+    return ' '.join(name.split())
+
+
+CATS = str.maketrans(
+    '😼😹😺💫🙍😻😽🙎😿', '😁😂😃😖😔😍😘😡😢'
+)  # itchat takes WeChat's numbers of them for these
+
+
+def emoji(found: re.Match) -> str:
+    """Return the emoji that WeChat has written as an element: of one code point or two, in hexadecimal."""
+    code = found[1]
+    codes = [code[:5], code[5:]] if len(code) == 10 else [code[:2], code[2:]] if len(code) == 6 else [code]
+    return ''.join(chr(int(part, 16)) for part in codes)
 
 
 # ------------------------------------------------------------------------------------ what can be said
@@ -1311,55 +1340,82 @@ class Letter(NamedTuple):
     test_acc: float = 0.0
     key: int = 0  # in the memory
 
+    def pieces(self, longest: int) -> list:
+        """Return letters of at most so many bytes that say the same, cut at line ends, and numbered.
+
+        >>> [piece.content for piece in Letter('a\\nb\\n' + 'c' * 15).pieces(25)]
+        ['（1/3）\\na\\nb', '（2/3）\\nccccccccccc', '（3/3）\\ncccc']
+        """
+        if self.kind == 'picture' or size(self.content) <= longest:
+            return [self]
+        room, parts = longest - len('（100/100）\n'.encode()), ['']
+        for line in self.content.split('\n'):
+            while size(line) > room:  # a line that is too long by itself
+                start = line.encode()[:room].decode('utf-8', 'ignore')
+                parts, line = [*parts, start], line[len(start) :]
+            if size(parts[-1]) + 1 + size(line) > room:
+                parts.append(line)
+            else:
+                parts[-1] += '\n' * bool(parts[-1]) + line
+        parts = [part for part in parts if part]
+        return [self._replace(content=f'（{i}/{len(parts)}）\n{x}') for i, x in enumerate(parts, 1)]
+
     def text(self) -> str:
         """Return what can be sent, or written down, in any case."""
         return f'图片没有传上去，在 {shown(self.content)}' if self.kind == 'picture' else self.content
 
 
 class Outbox:
-    """What is to be sent to one person, in order. Part of Mail, and guarded as it is."""
+    """What is to be sent to one person, texts or pictures, in order. Part of Mail, and guarded as it is."""
 
     def __init__(self):
         self.letters = collections.deque()
         self.tries = 0  # failed so far, of the first letter
-        self.due = 0  # when to try again, by time.monotonic()
+        self.since = 0.0  # when the first of these was, by time.monotonic()
+        self.due = 0  # when to try again, likewise
         self.late = False  # has something had to wait? Then it is merged
 
 
 class Mail:
-    """The mail: an outbox for each person, emptied by one thread, for ever.
+    """The mail: two outboxes for each person, texts and pictures; a thread empties all of a kind, for ever.
 
     Every thread puts letters in. `changed` guards everything, and is told of every change; while it is held
     nothing is sent. What is in the outboxes is in the memory as well.
     """
 
-    SCREENFUL, LONGEST = 4, 1800  # reports in a message; characters in one
+    SCREENFUL, LONGEST = 4, 2000  # reports in a message; bytes in one: WeChat is said to take 2,048
 
     def __init__(self):
         self.changed = threading.Condition()
-        self.outboxes = {}  # Person -> Outbox
+        self.outboxes = {}  # (Person, is it for pictures?) -> Outbox
         self.online = False  # is there a session to send in?
-        self.thread = threading.Thread(target=self.deliver, name='mail', daemon=True)
 
     def begin(self) -> None:
         """Take up what an earlier program has not sent, and begin to send."""
         for key, person, kind, content, test_acc in memory.rows('SELECT * FROM letter ORDER BY key'):
-            outbox = self.outboxes.setdefault(people.by_key.get(person, OWNER), Outbox())
-            outbox.letters.append(Letter(content, kind, test_acc, key))
-            outbox.late = True
-        self.thread.start()
+            person = people.by_key.get(person, OWNER)
+            self.add(person, Letter(content, kind, test_acc, key)).late = True
+        for pictures in (False, True):
+            threading.Thread(target=self.deliver, args=(pictures,), name='mail', daemon=True).start()
 
     def put(self, *pairs: tuple, also: Iterable = ()) -> None:
         """Queue (person, letter or text) pairs; return at once. What else is to be remembered of what has
         happened, statements for the memory, is so together with them or not at all."""
         pairs = [(person, x if isinstance(x, Letter) else Letter(x)) for person, x in pairs]
+        pairs = [(person, piece) for person, x in pairs for piece in x.pieces(self.LONGEST)]
         with self.changed:
             sql = 'INSERT INTO letter (person, kind, content, test_acc) VALUES (?, ?, ?, ?)'
             rows = [(sql, person.key, x.kind, printable(x.content), x.test_acc) for person, x in pairs]
             keys = memory.write(*rows, *also)
             for key, (person, letter) in zip(keys, pairs):
-                self.outboxes.setdefault(person, Outbox()).letters.append(letter._replace(key=key))
+                self.add(person, letter._replace(key=key))
             self.changed.notify_all()
+
+    def add(self, person: Person, letter: Letter) -> Outbox:
+        """Put a letter that is in the memory into its outbox, and return that. Needs `changed`."""
+        outbox = self.outboxes.setdefault((person, letter.kind == 'picture'), Outbox())
+        outbox.letters.append(letter)
+        return outbox
 
     def set_online(self, online: bool) -> None:
         """Note that a session has begun or ended. What was refused in the old one is tried in the new one."""
@@ -1378,7 +1434,7 @@ class Mail:
     def is_stuck(self, person: Person) -> bool:
         """Return whether something for this person has not got through."""
         with self.changed:
-            outbox = self.outboxes.get(person)
+            outbox = self.outboxes.get((person, False))
             return bool(outbox and outbox.letters and (outbox.late or not self.online))
 
     def unsent(self) -> int:
@@ -1388,26 +1444,38 @@ class Mail:
     def forget(self) -> None:
         """Write down what was for others than the owner: they are not known any more."""
         with self.changed:
-            for person, outbox in self.outboxes.items():
+            for (person, _), outbox in self.outboxes.items():
                 if person is not OWNER and outbox.letters:
                     for letter in outbox.letters:
                         write_undelivered(person, letter.text(), '换了登录')
                     self.remove(outbox, len(outbox.letters))
 
-    def deliver(self) -> None:
-        """Send what is in the outboxes: the work of the mail's thread."""
+    def deliver(self, pictures: bool) -> None:
+        """Send what is in the outboxes for pictures, or for texts: the work of one of the mail's threads."""
         while True:
-            person, outbox = self.next_outbox()
-            problem, count = self.send_from(person, outbox)
+            person, outbox = self.next_outbox(pictures)
             with self.changed:
-                if problem:
-                    outbox.tries, outbox.late = outbox.tries + 1, True
-                    outbox.due = time.monotonic() + min(options.retry * 2 ** (outbox.tries - 1), 60)
-                else:
+                letter, count = self.next_letter(outbox)
+            problem = self.send(person, letter)
+            with self.changed:
+                if not problem:
                     self.remove(outbox, count)
+                else:
+                    self.note_failure(outbox)
+                    if pictures and outbox.tries > 2 and problem not in PASSING:
+                        self.describe_picture(person, outbox)
                 self.changed.notify_all()
             if problem:
                 itchat.instance.log(f'还没有发给 {visible(person.name)}（{problem}），会再试。')
+                if not pictures and problem not in PASSING:
+                    self.give_up(person, outbox, problem)
+
+    def note_failure(self, outbox: Outbox) -> None:
+        """The first letter has not gone: try it again later. Needs `changed`."""
+        now = time.monotonic()
+        outbox.since = outbox.since if outbox.tries else now
+        outbox.tries, outbox.late = outbox.tries + 1, True
+        outbox.due = now + min(options.retry * 2 ** (outbox.tries - 1), 60)
 
     def remove(self, outbox: Outbox, count: int) -> None:
         """The first letters of an outbox are done with. Needs `changed`."""
@@ -1415,55 +1483,59 @@ class Mail:
         memory.write(*(('DELETE FROM letter WHERE key = ?', letter.key) for letter in sent))
         outbox.tries, outbox.late = 0, outbox.late and bool(outbox.letters)
 
-    def next_outbox(self) -> tuple:
+    def next_outbox(self, pictures: bool) -> tuple:
         """Wait for an outbox from which something can be sent now; return its person and itself."""
         with self.changed:
             while True:
-                waiting = [(o.due, p) for p, o in self.outboxes.items() if o.letters and self.online]
-                due, person = min(waiting, key=lambda pair: pair[0], default=(None, None))
+                boxes = [(p, o) for (p, kind), o in self.outboxes.items() if kind == pictures and o.letters]
+                person, outbox = min(boxes, key=lambda pair: pair[1].due, default=(None, None))
                 now = time.monotonic()
-                if person is not None and due <= now:
-                    self.outboxes[person].due = now  # those who wait longer come first
-                    return person, self.outboxes[person]
-                for outbox in self.outboxes.values():
-                    outbox.late |= bool(outbox.letters) and not self.online
-                self.changed.wait(None if person is None else due - now)
+                if self.online and person is not None and outbox.due <= now:
+                    outbox.due = now  # those who wait longer come first
+                    return person, outbox
+                for _, each in boxes:
+                    each.late |= not self.online
+                self.changed.wait(outbox.due - now if self.online and person is not None else None)
 
-    def send_from(self, person: Person, outbox: Outbox) -> tuple:
-        """Send the first letter, or the first ones as one; return why it did not go ('') and how many.
+    def send(self, person: Person, letter: Letter) -> str:
+        """Send a letter; return why it did not go, '' when it did. No exception of one ends the thread.
 
-        No exception of a letter ends the thread: after three tries the letter is put into the run's folder.
         Of an exception only the type is told: what it says may hold the session's secrets.
         """
-        with self.changed:
-            letter, count = self.next_letter(outbox)
         try:
             problem = send(person, letter)
-            if not problem:
-                itchat.instance.log(f'已发送给 {visible(person.name)}：{letter.content}')
-            elif outbox.tries >= 2 and problem not in PASSING:
-                self.describe_picture(outbox)
-            return problem, count
-        except requests.RequestException as error:
-            return type(error).__name__, 0
-        except Exception as error:  # a bug of ours, of itchat's, or an answer that nobody has thought of
-            problem = type(error).__name__
-            if outbox.tries < 3 or self.describe_picture(outbox):
-                return problem, 0
-            write_undelivered(person, letter.text(), problem)
-            return '', count
+        except Exception as error:  # the network; a bug of ours, of itchat's, an answer nobody has thought of
+            return type(error).__name__
+        if not problem:
+            itchat.instance.log(f'已发送给 {visible(person.name)}：{letter.content}')
+        return problem
 
-    def describe_picture(self, outbox: Outbox) -> bool:
-        """Put a text in the place of the first letter if that is a picture; return whether it was one."""
-        with self.changed:
-            letter = outbox.letters[0]
-            if letter.kind == 'picture':
-                outbox.letters[0] = Letter(letter.text(), key=letter.key)
-            return letter.kind == 'picture'
+    def describe_picture(self, person: Person, outbox: Outbox) -> None:
+        """Put a text in the place of a picture that does not go. Needs `changed`."""
+        letter = outbox.letters.popleft()
+        outbox.tries = 0
+        text = letter._replace(content=letter.text(), kind='text')
+        memory.write(("UPDATE letter SET content = ?, kind = 'text' WHERE key = ?", text.content, text.key))
+        self.add(person, text)
+
+    def give_up(self, person: Person, outbox: Outbox, problem: str) -> None:
+        """Write a text down that was refused five times over ten minutes, if a note of that is not refused:
+        then it is the text's own fault, and what is behind it must not wait for ever."""
+        enough = outbox.tries >= 5 and time.monotonic() - outbox.since >= options.give_up
+        note = f'有一条消息微信不收（{problem}），写进了 undelivered.txt。'
+        if enough and not self.send(person, Letter(note)):
+            with self.changed:
+                letter = outbox.letters[0]
+                self.remove(outbox, 1)
+                self.changed.notify_all()
+            write_undelivered(person, letter.text(), problem)
 
     def next_letter(self, outbox: Outbox) -> tuple:
-        """Return what is to be sent next from an outbox, and how many letters that is. Needs `changed`."""
-        if outbox.late and outbox.letters[0].kind != 'picture':
+        """Return what is to be sent next from an outbox, and how many letters that is. Needs `changed`.
+
+        What was refused twice as one is sent singly: it may be the fault of one.
+        """
+        if outbox.late and outbox.letters[0].kind != 'picture' and outbox.tries < 3:
             text, count = self.merge(outbox.letters)
             return Letter(text), count
         return outbox.letters[0], 1
@@ -1484,7 +1556,7 @@ class Mail:
                 left_out += 1
             else:
                 note = [f'（略去 {left_out} 份报告，都在 log.csv 里）'] if left_out else []
-                if merged and sum(map(len, [*merged, *note, letter.content])) > self.LONGEST:
+                if merged and sum(size(x) + 2 for x in (*merged, *note, letter.content)) > self.LONGEST:
                     break
                 merged, left_out = [*merged, *note, letter.content], 0
             count += 1
@@ -1492,6 +1564,11 @@ class Mail:
 
 
 PASSING = [f'Ret {code}' for code in (-1, 1205, 1100, 1101, 1102)]  # not the message's own fault
+
+
+def size(text: str) -> int:
+    """Return how many bytes a text is when it is sent."""
+    return len(text.encode('utf-8', 'backslashreplace'))
 
 
 def printable(text: str) -> str:
@@ -1760,7 +1837,7 @@ class Adapter(requests.adapters.HTTPAdapter):
         name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
         self.client.change_request(name, request)
         try:
-            response = super().send(request, stream, timeout or tuple(options.timeout), **kwargs)
+            response = super().send(request, stream, tuple(options.timeout), **kwargs)  # not itchat's own
             if not stream:  # as itchat downloads what may be large
                 read_body(response, options.timeout[1])
         except (OSError, ValueError) as error:  # not only RequestException: of a proxy's name, of a file
