@@ -332,6 +332,13 @@ def duration(seconds: float) -> str:
     return f'{minutes} 分 {seconds} 秒' if minutes else f'{seconds} 秒'
 
 
+def local_time(moment: float, form: str = '%m-%d %H:%M') -> str:
+    """Return a time of this machine's in words; with its zone where that is not China's."""
+    there = time.localtime(moment)
+    zone = time.strftime('%z', there)
+    return time.strftime(form, there) + f'（UTC{zone[:3]}:{zone[3:]}）' * (zone != '+0800')
+
+
 def shown(path: str) -> str:
     """Return a path as a person reads it: from the program's folder, if it lies there."""
     return os.path.relpath(path, FOLDER) if os.path.abspath(path).startswith(FOLDER + os.sep) else path
@@ -1343,8 +1350,8 @@ class Letter(NamedTuple):
     def pieces(self, longest: int) -> list:
         """Return letters of at most so many bytes that say the same, cut at line ends, and numbered.
 
-        >>> [piece.content for piece in Letter('a\\nb\\n' + 'c' * 15).pieces(25)]
-        ['（1/3）\\na\\nb', '（2/3）\\nccccccccccc', '（3/3）\\ncccc']
+        >>> [piece.content for piece in Letter('a\\nb\\n' + 'c' * 22).pieces(25)]
+        ['（1/3）\\na\\nb', '（2/3）\\nccccccccccc', '（3/3）\\nccccccccccc']
         """
         if self.kind == 'picture' or size(self.content) <= longest:
             return [self]
@@ -1456,10 +1463,10 @@ class Mail:
             person, outbox = self.next_outbox(pictures)
             with self.changed:
                 letter, count = self.next_letter(outbox)
-            problem = self.send(person, letter)
+            problem, number = self.send(person, letter)
             with self.changed:
                 if not problem:
-                    self.remove(outbox, count)
+                    self.remove(outbox, count, number)
                 else:
                     self.note_failure(outbox)
                     if pictures and outbox.tries > 2 and problem not in PASSING:
@@ -1477,10 +1484,17 @@ class Mail:
         outbox.tries, outbox.late = outbox.tries + 1, True
         outbox.due = now + min(options.retry * 2 ** (outbox.tries - 1), 60)
 
-    def remove(self, outbox: Outbox, count: int) -> None:
-        """The first letters of an outbox are done with. Needs `changed`."""
+    def remove(self, outbox: Outbox, count: int, number: str = '') -> None:
+        """The first letters of an outbox are done with. Needs `changed`.
+
+        The `number` of the message that they were is kept: from 文件传输助手 it comes back, perhaps to the
+        next program.
+        """
         sent = [outbox.letters.popleft() for _ in range(count)]
-        memory.write(*(('DELETE FROM letter WHERE key = ?', letter.key) for letter in sent))
+        statements = [('DELETE FROM letter WHERE key = ?', letter.key) for letter in sent]
+        if number:
+            statements.append(("INSERT OR IGNORE INTO message VALUES (?, 0, '', 0, 0, 0)", number))
+        memory.write(*statements)
         outbox.tries, outbox.late = 0, outbox.late and bool(outbox.letters)
 
     def next_outbox(self, pictures: bool) -> tuple:
@@ -1497,18 +1511,19 @@ class Mail:
                     each.late |= not self.online
                 self.changed.wait(outbox.due - now if self.online and person is not None else None)
 
-    def send(self, person: Person, letter: Letter) -> str:
-        """Send a letter; return why it did not go, '' when it did. No exception of one ends the thread.
+    def send(self, person: Person, letter: Letter) -> tuple:
+        """Send a letter; return why it did not go, '' when it did, and the number of what comes back of it.
 
-        Of an exception only the type is told: what it says may hold the session's secrets.
+        No exception of a letter ends the thread. Of one only the type is told: what it says may hold the
+        session's secrets.
         """
         try:
-            problem = send(person, letter)
+            problem, number = send(person, letter)
         except Exception as error:  # the network; a bug of ours, of itchat's, an answer nobody has thought of
-            return type(error).__name__
+            return type(error).__name__, ''
         if not problem:
             itchat.instance.log(f'已发送给 {visible(person.name)}：{letter.content}')
-        return problem
+        return problem, number if person is OWNER else ''
 
     def describe_picture(self, person: Person, outbox: Outbox) -> None:
         """Put a text in the place of a picture that does not go. Needs `changed`."""
@@ -1523,7 +1538,7 @@ class Mail:
         then it is the text's own fault, and what is behind it must not wait for ever."""
         enough = outbox.tries >= 5 and time.monotonic() - outbox.since >= options.give_up
         note = f'有一条消息微信不收（{problem}），写进了 undelivered.txt。'
-        if enough and not self.send(person, Letter(note)):
+        if enough and not self.send(person, Letter(note))[0]:
             with self.changed:
                 letter = outbox.letters[0]
                 self.remove(outbox, 1)
@@ -1576,16 +1591,17 @@ def printable(text: str) -> str:
     return text.encode('utf-8', 'backslashreplace').decode()
 
 
-def send(person: Person, letter: Letter) -> str:
-    """Send a text or a picture through the client; return why it did not go, '' when it did."""
+def send(person: Person, letter: Letter) -> tuple:
+    """Send a text or a picture through the client; return why it did not go ('') and its number."""
     to = people.address(person)
     if to is None:
-        return '好友里找不到这个人'
+        return '好友里找不到这个人', ''
     if letter.kind == 'picture':
         answer = itchat.instance.send_image(letter.content, to)
     else:
         answer = itchat.instance.send_msg(printable(letter.content), to)
-    return '' if answer else f'Ret {answer["BaseResponse"].get("Ret")}'
+    problem = '' if answer else f'Ret {answer["BaseResponse"].get("Ret")}'
+    return problem, str(answer.get('MsgID') or '')
 
 
 def write_undelivered(person: Person, text: str, why: str) -> None:
@@ -3322,7 +3338,7 @@ class Trainer:
         if self.is_busy():
             gone, now = self.gone, time.time()
             form = '%H:%M' if gone and now - gone < 43200 else '%m-%d %H:%M'
-            when = [time.strftime(form, time.localtime(moment)) for moment in (gone or now, now)]
+            when = [local_time(moment, form) for moment in (gone or now, now)]
             text = f'程序又启动了：从 {when[0]} 到 {when[1]} 它不在，那时的训练中断了'
             text += f'（主机 {socket.gethostname()}）。\n' + (offer or '没有检查点，发“开始”从头训练。')
             self.run.update(ending='中断', ended=gone or now)
@@ -5519,7 +5535,21 @@ def write_zip(path: str, content: dict) -> None:
 def run_folders() -> list:
     """Return the folders of the runs with something in them to tell, the last one first."""
     paths = [*in_runs('last.zip'), *in_runs('log.csv')]
-    return sorted({os.path.dirname(path) for path in paths}, reverse=True)
+    folders = {os.path.dirname(path) for path in paths}
+    return sorted(folders, key=lambda folder: (run_number(folder), folder), reverse=True)
+
+
+def run_number(folder: str) -> int:
+    """Return the number of the run in a folder: what counts, however the clock was set; 0 if it has none."""
+    if folder == run.folder:
+        return run.number
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with open(os.path.join(folder, 'end.json'), encoding='utf-8') as f:
+            return int(json.load(f)['run'])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+        with zipfile.ZipFile(os.path.join(folder, 'last.zip')) as checkpoint:
+            return int(json.loads(checkpoint.read('run.json'))['run'])
+    return 0
 
 
 def in_runs(name: str) -> list:
@@ -5569,7 +5599,8 @@ def last_checkpoint() -> tuple:
     One that is damaged is set aside under another name, one that others could have written is passed over.
     """
     paths = [path for path in in_runs('last.zip') if os.path.isfile(path)]
-    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+    age = lambda path: (run_number(os.path.dirname(path)), os.path.getmtime(path))  # noqa: E731
+    for path in sorted(paths, key=age, reverse=True):
         try:
             state = read_checkpoint(path)
             if state['data'] == data_name():
@@ -5658,6 +5689,7 @@ class Commands:
         self.runs_so_far = 0
         self.news = {}  # what the commands have done that is to be remembered of the run
         self.wrong = False  # was one of them wrong?
+        self.job = None  # what the main thread is to train, when that is answered
 
     def carry_out(self, commands: list, almost: str, asked: Asked) -> list:
         """Carry out commands, from dicts of Said, up to the first wrong one; return the answers."""
@@ -5741,7 +5773,7 @@ class Commands:
         about = {'number': run.number, 'person': run.person.key, 'begun': time.time(), 'ending': None}
         kept = {'folder': run.folder, 'checkpoint': run.checkpoint, 'kept': run.how_far()}
         self.news = {**about, **kept, 'how_far': run.how_far(), 'stopping': False}
-        itchat.instance.jobs.put((self.nn_train, run))
+        self.job = self.nn_train, run
 
     def stop(self, asked: Optional[Asked] = None) -> str:
         """Let the run end after the batch that it is at."""
@@ -5871,7 +5903,7 @@ def runs_text() -> str:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing, or damaged
             with open(os.path.join(folder, 'end.json'), encoding='utf-8') as f:
                 ended = json.load(f)['ended'] if ended == '中断' else ended
-        when = time.strftime('%m-%d %H:%M', time.localtime(os.path.getmtime(folder)))
+        when = local_time(os.path.getmtime(folder))
         values = ('lr', found.learning_rate), ('bs', found.batch_size)
         values = ' '.join(f'{name} {value:g}' for name, value in values if value is not None)
         lines.append(f'{number}. {when} {values}，{len(found.history)} 轮，{best:.3f}，{ended}')
@@ -5944,7 +5976,11 @@ def close(this_run: Run) -> None:
     paused = itchat.instance.pausing and this_run.error is None
     note = back_to_best(this_run.folder) if this_run.rolling_back else ''
     if this_run.folder and not paused:
-        this_run.write('end.json', '结尾', lambda path: write_json(path, {'ended': this_run.ending()}))
+        this_run.write(
+            'end.json',
+            '结尾',
+            lambda path: write_json(path, {'ended': this_run.ending(), 'run': this_run.number}),
+        )
     with lock:
         try:
             if not paused:
@@ -6017,7 +6053,8 @@ class Remote(itchat.Core):
             settings.take_up(answer['settings'])
             self.sent = settings.kept()
             if self.commands:
-                self.commands.runs_so_far = answer['last']
+                numbers = map(run_number, run_folders())  # those of a memory that is lost
+                self.commands.runs_so_far = max(answer['last'], *numbers, 0)
         if team.size > 1 and team.leads:
             team.start()
 
@@ -6135,6 +6172,9 @@ class Remote(itchat.Core):
         self.sent = kept
         letters = [letter._asdict() for letter in letters]
         self.report('answered', id=number, letters=letters, settings=changed, run=news)
+        job, self.commands.job = self.commands.job, None
+        if job:
+            self.jobs.put(job)
 
     def draw_for(self, this_run: Run, draw: Callable) -> None:
         """Draw something and send it to all who hear of the run."""
