@@ -1128,7 +1128,7 @@ def read_value(name: str, text: str, now: float = 0) -> Any:
     A learning rate may be relative to the one `now`: x0.5, *0.5, /2.
     """
     kind, smallest, largest, allowed = LIMITS[name]
-    number = r'[+-]?\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
+    number = r'\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
     sign, rest = (text[:1], text[1:]) if kind is float and text[:1] in ('x', '*', '/') else ('', text)
     if re.fullmatch(number, rest):
         value = kind(rest)
@@ -3047,7 +3047,7 @@ class Trainer:
         again = again and (asked or self.deaths < self.DEATHS or isinstance(itchat.instance, Silent))
         kept = (self.saved or asked) and self.run.get('checkpoint')
         resumes = bool(again and going and kept and not self.run.get('stopping'))
-        lines += self.what_follows(again, resumes, process_can_start)
+        lines += self.what_follows(again, resumes, process_can_start, cannot_start)
         statements = self.refuse_orders(cannot_start)
         if going and not resumes:
             self.run.update(ending='中断', ended=time.time())
@@ -3078,18 +3078,18 @@ class Trainer:
             lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
         return lines
 
-    def what_follows(self, again: bool, resumes: bool, can_start: bool) -> list:
+    def what_follows(self, again: bool, resumes: bool, can_start: bool, cannot_start: bool) -> list:
         """Return what happens next, in lines. Needs the guard."""
         kept = self.run.get('checkpoint')
         words = '发“继续”接着训练，或发“开始”从头训练' if kept else '发“开始”就从头训练'
         if resumes:
-            return ['程序已经重新启动它，自己从检查点接着训练，不用扫码。']
+            return ['程序正在重新启动它，起来以后自己从检查点接着训练，不用扫码。']
         if again:
-            return [f'程序已经重新启动它，不用扫码；{words}。']
+            return [f'程序正在重新启动它，不用扫码；{words}。']
         if self.ending or not can_start:
             return ['程序结束。']
-        times = f'连着 {self.deaths} 次这样了，不再自己启动；' if self.deaths >= self.DEATHS else '改好以后，'
-        return [times + words + '。']
+        times = '改好以后' if cannot_start else f'连着 {self.deaths} 次这样了，不再自己启动'
+        return [f'{times}，{words}。']
 
     def cause(self, status: int, megabytes: float) -> str:
         """Return in words why the process has ended. Needs the guard."""
@@ -3115,7 +3115,8 @@ class Trainer:
                 tries = [row[0] for row in memory.rows('SELECT tries FROM message WHERE id = ?', number)]
             if all_of_them or tries >= [1]:
                 order = self.orders.pop(number)
-                text = f'“{order.text.strip()[:20]}”没有执行：训练的进程没有了。'
+                why = '启动不了' if all_of_them else '没有了'
+                text = f'“{order.text.strip()[:20]}”没有执行：训练的进程{why}。'
                 mail.put(*[(order.person, text)] * (not order.path), also=[done(number)])
         return statements
 
@@ -3326,7 +3327,7 @@ class Trainer:
             self.state = State.READY
             if first:
                 self.requests.put({})
-                if offer:
+                if offer and not (self.is_busy() and isinstance(itchat.instance, Terminal)):
                     say(offer)
                 self.tell_return(offer)
             for order in self.orders.values():
@@ -5022,7 +5023,7 @@ class Run:
 
     def __init__(self, person: 'Optional[Caller]' = None, nn_train: Optional[Callable] = None):
         self.person = person  # who started it
-        self.number = 0  # of all runs in this folder
+        self.number, self.data = 0, data_name()  # of all runs in this folder; what it trains with
         self.learning_rate, self.training_iters = learning_rate, training_iters
         self.batch_size, self.seed = batch_size, options.seed  # a resumed run keeps its own
         self.live = calls(nn_train, 'params')  # does nn_train ask for new values while it trains?
@@ -5058,6 +5059,7 @@ class Run:
         self.folder, self.checkpoint, self.resumed = os.path.dirname(path), path, state
         self.learning_rate, self.training_iters, self.batch_size = state['params']
         self.seed, self.losses, self.number = state['seed'], state['losses'], state.get('run', 0)
+        self.data = state['data']
         self.history = [tuple(row) for row in state['history']]
         self.numbers = state.get('numbers', [{} for _ in self.history])
         self.marks = state.get('marks', [])
@@ -5281,7 +5283,7 @@ class Run:
     def drawn(self) -> dict:
         """Return what draw_curve() draws of the run."""
         kept = {'history': self.history[:], 'losses': self.losses.points[:], 'marks': self.marks[:]}
-        return {**kept, 'numbers': [dict(numbers) for numbers in self.numbers]}
+        return {**kept, 'numbers': [dict(numbers) for numbers in self.numbers], 'data': self.data}
 
     def curve(self) -> Callable:
         """Return a function that draws the curves so far and returns the path of the picture.
@@ -5400,7 +5402,9 @@ def draw_marks(marks: Iterable, above: Any, *others: Any) -> None:
         )
 
 
-def draw_curve(path: str, history: list, losses: list, marks: Iterable = (), numbers: Iterable = ()) -> None:
+def draw_curve(
+    path: str, history: list, losses: list, marks: Iterable = (), numbers: Iterable = (), data: str = ''
+) -> None:
     """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone.
 
     `marks` are dashed lines with a word, `numbers` a person's own, one dict for each row of `history`.
@@ -5410,7 +5414,7 @@ def draw_curve(path: str, history: list, losses: list, marks: Iterable = (), num
 
     figure = Figure(figsize=(5, 6.5), dpi=160, layout='constrained')
     title = f'test acc {history[-1][3]:.3f} after {history[-1][0]} epochs' if history else 'first epoch'
-    figure.suptitle('drawn images, not Fashion-MNIST' if data_source() is DEMO else title)
+    figure.suptitle('drawn images, not Fashion-MNIST' if data == 'demo' else title)
     own = sorted({name for row in numbers for name in row})
     above, below, *others = figure.subplots(2 + bool(own), sharex=True)
     if losses:
@@ -5564,7 +5568,7 @@ def read_run(folder: str) -> Run:
         path = os.path.join(folder, 'last.zip')
         found.resume(path, read_checkpoint(path))
         return found
-    found.learning_rate = found.batch_size = None  # nobody knows
+    found.learning_rate = found.batch_size = found.data = None  # nobody knows
     path = os.path.join(folder, 'log.csv')
     with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8', errors='replace') as f:
         rows = list(csv.reader(f))[1:]
@@ -5752,11 +5756,11 @@ class Commands:
             note += f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
         learning_rate, training_iters, batch_size = lr, ti, bs
         settings.touched.update(LIMITS)
+        changed = [f'lr {lr:g}'] * (lr != state['params'][0]) + ['restarted'] * bool(asked.path)
         state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
         this_run = Run(asked.person, self.nn_train)
         this_run.resume(path, state)
-        if asked.path:
-            this_run.marks.append((this_run.epochs_done(), 'restarted'))
+        this_run.marks += [(this_run.epochs_done(), word) for word in changed]
         if not this_run.number:  # of an earlier version
             self.runs_so_far += 1
             this_run.number = self.runs_so_far
