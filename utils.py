@@ -504,60 +504,41 @@ def let_print(put: Callable) -> None:
 # ------------------------------------------------------------------------------------- the options
 
 
+FLAGS = {
+    'console': '不用微信，在终端里输入同样的命令',
+    'demo': '--console，并用程序自己画的小图：不需要微信，也不需要网络',
+    'filehelper': '从文件传输助手登录：什么账号都可以，在自己手机的“文件传输助手”里发命令',
+    'logout': '结束存下的登录（服务器上的也结束），删掉它的文件',
+}
+OPTIONS = {  # default, what stands for it in the help, its help
+    'data': (None, 'DIR', 'Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）'),
+    'seed': (0, None, '随机种子：种子和 OMP_NUM_THREADS 都相同，训练的结果就相同（默认 0）'),
+    'supervisor': (
+        [],
+        'NAME',
+        '谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以',
+    ),
+    'then': (None, 'CMD', '训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown'),
+    'gpu': (0, 'I', '用第几块 GPU，从 0 数起（默认 0）'),
+    'workers': (1, 'N', '由 N 个进程一起训练（默认 1），各用一块 GPU；bs 是合起来的'),
+    'host': (None, 'IP', '本机的地址：其余 N-1 个进程在别的机器上，用 --join 加入；只用于信得过的网络'),
+    'port': (9091, None, '与 --host 一起：在哪个端口等它们（默认 9091）'),
+    'join': (None, 'IP:PORT', '不进微信，只跟着那台机器上的程序训练；程序、数据和 --workers 要和那里一样'),
+    'trace': (None, 'FILE', '把每个请求和回答记进 FILE，密钥、名字、文字都涂黑，可以附在问题报告里'),
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the options that every script has that calls parse_args()."""
     parser = argparse.ArgumentParser(
         description='训练神经网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。',
         epilog='退出状态：0 正常；1 登录失败或训练出错；2 选项不对；130、143、129 是被信号结束。',
     )
-    add = parser.add_argument
-    add('--console', action='store_true', help='不用微信，在终端里输入同样的命令')
-    add('--data', metavar='DIR', help='Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）')
-    add('--demo', action='store_true', help='--console，并用程序自己画的小图：不需要微信，也不需要网络')
-    add(
-        '--filehelper',
-        action='store_true',
-        help='从文件传输助手登录：什么账号都可以，在自己手机的“文件传输助手”里发命令',
-    )
-    add('--logout', action='store_true', help='结束存下的登录（服务器上的也结束），删掉它的文件')
-    add(
-        '--seed',
-        type=int,
-        default=0,
-        help='随机种子：种子和 OMP_NUM_THREADS 都相同，训练的结果就相同（默认 0）',
-    )
-    add(
-        '--supervisor',
-        metavar='NAME',
-        action='append',
-        default=[],
-        help='谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以',
-    )
-    add('--then', metavar='CMD', help='训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown')
-    add('--gpu', type=int, default=0, metavar='I', help='用第几块 GPU，从 0 数起（默认 0）')
-    add(
-        '--workers',
-        type=int,
-        default=1,
-        metavar='N',
-        help='由 N 个进程一起训练（默认 1），各用一块 GPU；bs 是合起来的',
-    )
-    add(
-        '--host',
-        metavar='IP',
-        help='本机的地址：其余 N-1 个进程在别的机器上，用 --join 加入；只用于信得过的网络',
-    )
-    add('--port', type=int, default=9091, help='与 --host 一起：在哪个端口等它们（默认 9091）')
-    add(
-        '--join',
-        metavar='IP:PORT',
-        help='不进微信，只跟着那台机器上的程序训练；程序、数据和 --workers 要和那里一样',
-    )
-    add(
-        '--trace',
-        metavar='FILE',
-        help='把每个请求和回答记进 FILE，密钥、名字、文字都涂黑，可以附在问题报告里',
-    )
+    for name, text in FLAGS.items():
+        parser.add_argument(f'--{name}', action='store_true', help=text)
+    for name, (default, metavar, text) in OPTIONS.items():
+        how = {'action': 'append'} if default == [] else {'type': int if isinstance(default, int) else str}
+        parser.add_argument(f'--{name}', default=default, metavar=metavar, help=text, **how)
     parser.set_defaults(then_delay=60)  # seconds in which 取消 can be said
     parser.set_defaults(retry=1)  # seconds until what failed is tried again; twice as many every time
     parser.set_defaults(timeout=itchat.config.TIMEOUT)  # seconds to connect, to wait for an answer
@@ -4780,9 +4761,8 @@ def total(n: int) -> int:
 def progress(train_data: Iterable) -> Iterator:
     """Yield what `train_data` yields, with a progress bar on the terminal, nothing more after 停止.
 
-    For the data that the run trains with (the first that it gives to progress()) the batches are counted for
-    状态, and in a resumed epoch those that were done before are left out. load_data_fashion_mnist's
-    train_data does this by itself.
+    For the data that the run trains with (the first that it gives to progress()) the batches are counted, and
+    in a resumed epoch those done before are left out. load_data_fashion_mnist's train_data does this itself.
     """
     total = len(train_data) if hasattr(train_data, '__len__') else 0
     with lock:
@@ -4805,15 +4785,15 @@ def progress(train_data: Iterable) -> Iterator:
             finally:  # also in a loop that ends in the middle
                 if counted:
                     team.images = None
-            if counted and 1 < run.batch + 1 < total:  # the first one compiles, the last one may be smaller
+            if not counted:
+                continue
+            if 1 < run.batch + 1 < total:  # the first one compiles, the last one may be smaller
                 threads.count(time.perf_counter() - began)
-            if counted:
-                team.end_batch()
+            team.end_batch()
             with lock:
-                if counted:
-                    run.count_batch()
-                    if not run.now()[0]:
-                        return
+                run.count_batch()
+                if not run.now()[0]:
+                    return
     if counted:
         with lock:
             run.in_epoch, run.batches = False, run.batch
@@ -5673,7 +5653,7 @@ class Settings:
         own = {'chosen': sorted(self.chosen), 'report_every': self.report_every, 'patience': self.patience}
         return {'values': values, **own}
 
-    def take_up(self, kept: dict) -> None:
+    def adopt(self, kept: dict) -> None:
         """Go by what was remembered."""
         values = kept.pop('values', {})
         globals().update(values)
@@ -6054,7 +6034,7 @@ class Remote(itchat.Core):
             self.folder_lock = lock_folder(1, wait=True)
         remove_leftovers()
         with lock:
-            settings.take_up(answer['settings'])
+            settings.adopt(answer['settings'])
             self.sent = settings.kept()
             if self.commands:
                 numbers = map(run_number, run_folders())  # those of a memory that is lost
