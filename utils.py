@@ -943,7 +943,7 @@ class People:
         friends = itchat.instance.get_friends()[1:]
         with self.guard:
             person = self.find(friends, name)
-            if person is None:
+            if person is None:  # or no name was said
                 return f'没有一个好友叫“{name}”，或者不止一个：请写备注名，例如 允许 小波。'
             person.role, person.refused = person.role or 'allowed', False
             self.keep(person)
@@ -1011,6 +1011,8 @@ class People:
         """
         names = [(canonical(f.get('RemarkName')), canonical(f.get('NickName')), f) for f in friends]
         name, old = canonical(name), person and (canonical(person.remark), canonical(person.nickname))
+        if not name:
+            return None
         found = [f for *both, f in names if person and tuple(both) == old]
         found = found or [f for remark, _, f in names if remark == name and (not person or person.remark)]
         found = found or [f for remark, nick, f in names if nick == name and not (person and remark)]
@@ -1374,7 +1376,7 @@ class Mail:
     SCREENFUL, LONGEST = 4, 2000  # reports in a message; bytes in one: WeChat is said to take 2,048
 
     def __init__(self):
-        self.changed = threading.Condition()
+        self.changed = threading.Condition(threading.RLock())
         self.outboxes = {}  # (Person, is it for pictures?) -> Outbox
         self.online = False  # is there a session to send in?
 
@@ -1386,9 +1388,9 @@ class Mail:
         for pictures in (False, True):
             threading.Thread(target=self.deliver, args=(pictures,), name='mail', daemon=True).start()
 
-    def put(self, *pairs: tuple, also: Iterable = ()) -> None:
-        """Queue (person, letter or text) pairs; return at once. What else is to be remembered of what has
-        happened, statements for the memory, is so together with them or not at all."""
+    def put(self, *pairs: tuple, also: Iterable = ()) -> list:
+        """Queue (person, letter or text) pairs; return their keys at once. What else is to be remembered of
+        what has happened, statements for the memory, is so together with them or not at all."""
         pairs = [(person, x if isinstance(x, Letter) else Letter(x)) for person, x in pairs]
         pairs = [(person, piece) for person, x in pairs for piece in x.pieces(self.LONGEST)]
         with self.changed:
@@ -1398,6 +1400,7 @@ class Mail:
             for key, (person, letter) in zip(keys, pairs):
                 self.add(person, letter._replace(key=key))
             self.changed.notify_all()
+            return keys[: len(pairs)]
 
     def add(self, person: Person, letter: Letter) -> Outbox:
         """Put a letter that is in the memory into its outbox, and return that. Needs `changed`."""
@@ -1419,11 +1422,12 @@ class Mail:
         with self.changed:
             return self.changed.wait_for(lambda: not self.unsent(), timeout)
 
-    def is_stuck(self, person: Person) -> bool:
-        """Return whether something for this person has not got through."""
+    def is_stuck(self, person: Person, keys: Iterable) -> bool:
+        """Return whether nothing gets through to a person, one of the letters with these keys among it."""
         with self.changed:
-            outbox = self.outboxes.get((person, False))
-            return bool(outbox and outbox.letters and (outbox.late or not self.online))
+            outbox = self.outboxes.get((person, False), Outbox())
+            stuck = outbox.tries > 0 or not self.online
+            return stuck and any(letter.key in keys for letter in outbox.letters)
 
     def unsent(self) -> int:
         """Return how many letters wait. Needs `changed`, or to be content with about."""
@@ -1436,18 +1440,21 @@ class Mail:
                 if person is not OWNER and outbox.letters:
                     for letter in outbox.letters:
                         write_undelivered(person, letter.text(), '换了登录')
-                    self.remove(outbox, len(outbox.letters))
+                    self.remove(outbox, [letter.key for letter in outbox.letters])
 
     def deliver(self, pictures: bool) -> None:
         """Send what is in the outboxes for pictures, or for texts: the work of one of the mail's threads."""
         while True:
-            person, outbox = self.next_outbox(pictures)
             with self.changed:
+                person, outbox = self.next_outbox(pictures)
                 letter, count = self.next_letter(outbox)
+                keys = [each.key for each in itertools.islice(outbox.letters, count)]
             problem, number = self.send(person, letter)
             with self.changed:
                 if not problem:
-                    self.remove(outbox, count, number)
+                    self.remove(outbox, keys, number)
+                elif not outbox.letters or outbox.letters[0].key != keys[0]:
+                    continue  # it was put aside meanwhile: see forget()
                 else:
                     self.note_failure(outbox)
                     if pictures and outbox.tries > 2 and problem not in PASSING:
@@ -1456,7 +1463,7 @@ class Mail:
             if problem:
                 itchat.instance.log(f'还没有发给 {visible(person.name)}（{problem}），会再试。')
                 if not pictures and problem not in PASSING:
-                    self.give_up(person, outbox, problem)
+                    self.give_up(person, outbox, keys[0], problem)
 
     def note_failure(self, outbox: Outbox) -> None:
         """The first letter has not gone: try it again later. Needs `changed`."""
@@ -1465,32 +1472,33 @@ class Mail:
         outbox.tries, outbox.late = outbox.tries + 1, True
         outbox.due = now + min(options.retry * 2 ** (outbox.tries - 1), 60)
 
-    def remove(self, outbox: Outbox, count: int, number: str = '') -> None:
-        """The first letters of an outbox are done with. Needs `changed`.
+    def remove(self, outbox: Outbox, keys: list, number: str = '') -> list:
+        """Letters of an outbox are done with, if they are still there; return them. Needs `changed`.
 
         The `number` of the message that they were is kept: from 文件传输助手 it comes back, perhaps to the
         next program.
         """
-        sent = [outbox.letters.popleft() for _ in range(count)]
+        sent = [letter for letter in outbox.letters if letter.key in keys]
+        outbox.letters = collections.deque(letter for letter in outbox.letters if letter.key not in keys)
         statements = [('DELETE FROM letter WHERE key = ?', letter.key) for letter in sent]
         if number:
             statements.append(("INSERT OR IGNORE INTO message VALUES (?, 0, '', 0, 0, 0)", number))
         memory.write(*statements)
         outbox.tries, outbox.late = 0, outbox.late and bool(outbox.letters)
+        return sent
 
     def next_outbox(self, pictures: bool) -> tuple:
-        """Wait for an outbox from which something can be sent now; return its person and itself."""
-        with self.changed:
-            while True:
-                boxes = [(p, o) for (p, kind), o in self.outboxes.items() if kind == pictures and o.letters]
-                person, outbox = min(boxes, key=lambda pair: pair[1].due, default=(None, None))
-                now = time.monotonic()
-                if self.online and person is not None and outbox.due <= now:
-                    outbox.due = now  # those who wait longer come first
-                    return person, outbox
-                for _, each in boxes:
-                    each.late |= not self.online
-                self.changed.wait(outbox.due - now if self.online and person is not None else None)
+        """Wait for an outbox from which something can be sent; return its person and it. Needs `changed`."""
+        while True:
+            boxes = [(p, o) for (p, kind), o in self.outboxes.items() if kind == pictures and o.letters]
+            person, outbox = min(boxes, key=lambda pair: pair[1].due, default=(None, None))
+            now = time.monotonic()
+            if self.online and person is not None and outbox.due <= now:
+                outbox.due = now  # those who wait longer come first
+                return person, outbox
+            for _, each in boxes:
+                each.late |= not self.online
+            self.changed.wait(outbox.due - now if self.online and person is not None else None)
 
     def send(self, person: Person, letter: Letter) -> tuple:
         """Send a letter; return why it did not go, '' when it did, and the number of what comes back of it.
@@ -1508,23 +1516,21 @@ class Mail:
 
     def describe_picture(self, person: Person, outbox: Outbox) -> None:
         """Put a text in the place of a picture that does not go. Needs `changed`."""
-        letter = outbox.letters.popleft()
-        outbox.tries = 0
-        text = letter._replace(content=letter.text(), kind='text')
-        memory.write(("UPDATE letter SET content = ?, kind = 'text' WHERE key = ?", text.content, text.key))
-        self.add(person, text)
+        letter = outbox.letters[0]
+        self.put((person, letter.text()))
+        self.remove(outbox, [letter.key])
 
-    def give_up(self, person: Person, outbox: Outbox, problem: str) -> None:
+    def give_up(self, person: Person, outbox: Outbox, key: int, problem: str) -> None:
         """Write a text down that was refused five times over ten minutes, if a note of that is not refused:
         then it is the text's own fault, and what is behind it must not wait for ever."""
         enough = outbox.tries >= 5 and time.monotonic() - outbox.since >= options.give_up
         note = f'有一条消息微信不收（{problem}），写进了 undelivered.txt。'
         if enough and not self.send(person, Letter(note))[0]:
             with self.changed:
-                letter = outbox.letters[0]
-                self.remove(outbox, 1)
+                removed = self.remove(outbox, [key])
                 self.changed.notify_all()
-            write_undelivered(person, letter.text(), problem)
+            for letter in removed:
+                write_undelivered(person, letter.text(), problem)
 
     def next_letter(self, outbox: Outbox) -> tuple:
         """Return what is to be sent next from an outbox, and how many letters that is. Needs `changed`.
@@ -2904,7 +2910,7 @@ class Trainer:
         self.requests = queue.SimpleQueue()  # the first login, the first run(): for the main thread
         self.orders = {}  # id -> Order: not answered yet, in order
         self.sent = {}  # id -> when it was given to the training process
-        self.unheard = {}  # Person -> what was asked for since an answer did not get through
+        self.unheard = {}  # Person -> the last commands that changed something, the keys of their answers
         self.run = {}  # what is known of the last run: number, person, ending, folder, checkpoint, how_far
         self.told = {}  # what it has said when it called run(): handlers, values
         self.session = self.ending = self.restarting = False  # session: has the main thread logged in?
@@ -3192,16 +3198,15 @@ class Trainer:
     def repeated(self, order: Order, parsed: Parsed) -> str:
         """Return what to say to a command that was only repeated because no answer came, else ''.
 
-        It is one when nobody has been answered since, and nothing else was asked for but to see something.
+        It is one when it is the last that has changed something, and its answer is still waiting to be sent.
+        To stop twice harms nobody.
         """
-        said = [(said.word, said.number, said.values) for said in parsed.commands]
-        if not mail.is_stuck(order.person):
-            self.unheard[order.person] = []
-        before = self.unheard.setdefault(order.person, [])
-        if said in before and not all(word in SHOWING for word, *_ in said):
+        said = commands_of(order.text)
+        before, keys = self.unheard.get(order.person, (None, ()))
+        if said == before and mail.is_stuck(order.person, keys) and all(word != 'stop' for word, *_ in said):
             return f'“{order.text.strip()[:20]}”已经做过一次了，那时没能回答；没有再做。'
-        if not all(word in SHOWING for word, *_ in said):
-            before[:] = [said]
+        if not {word for word, *_ in said} <= SHOWING:
+            self.unheard[order.person] = said, ()  # its answer has no key yet
         return ''
 
     def own_answer(self, said: Said) -> str:
@@ -3341,7 +3346,9 @@ class Trainer:
                     self.saved &= 'begun' not in run
                     self.run = {**({} if 'begun' in run else self.run), **run}
                     also.append(self.run_row())
-                mail.put(*((order.person, letter) for letter in letters), also=also)
+                keys = mail.put(*((order.person, letter) for letter in letters), also=also)
+                if self.unheard.get(order.person) == (commands_of(order.text), ()):
+                    self.unheard[order.person] = commands_of(order.text), keys
             self.guard.notify_all()
 
     def do_tell(self, letters: list, run: Optional[dict] = None) -> None:
@@ -3450,7 +3457,12 @@ class Trainer:
         return f'已经 {duration(silence)}没有算完一批，停在{where}（主机 {socket.gethostname()}）'
 
 
-SHOWING = 'status', 'params', 'help', 'plot', 'mistakes', 'runs'  # what changes nothing
+SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs'}  # what changes nothing
+
+
+def commands_of(text: str) -> list:
+    """Return what a text asks for, in a form that can be compared."""
+    return [(said.word, said.number, said.values) for said in parse(text).commands]
 
 
 def done(number: str) -> tuple:
@@ -6146,7 +6158,7 @@ class Remote(itchat.Core):
         """Send letters to the run's starter and the supervisors, and what is to be remembered of the run."""
         self.report('tell', letters=[letter._asdict() for letter in letters], run=facts)
 
-    def answer(self, number: str, answers: list, news: dict) -> None:
+    def answer(self, number: str, answers: list, news: dict, job: Any) -> None:
         """Answer commands, texts in one message, with Letters; the effects go with it. Needs the lock."""
         texts = [text for text in answers if isinstance(text, str) and text]
         letters = [Letter('\n\n'.join(texts))] if texts else []
@@ -6156,7 +6168,6 @@ class Remote(itchat.Core):
         self.sent = kept
         letters = [letter._asdict() for letter in letters]
         self.report('answered', id=number, letters=letters, settings=changed, run=news)
-        job, self.commands.job = self.commands.job, None
         if job:
             self.jobs.put(job)
 
@@ -6216,14 +6227,15 @@ class Remote(itchat.Core):
         with lock:  # the answer is sent before it is let go: no report of the run overtakes it
             answers = self.commands.carry_out(commands, almost, Asked(Caller(person, name), 0, path))
             news = self.commands.news or ({'ending': '中断', 'ended': time.time()} if path else {})
+            job, self.commands.job = self.commands.job, None
             if not any(map(callable, answers)):
-                self.answer(id, answers, news)
+                self.answer(id, answers, news, job)
                 return
 
         def draw():
             drawn = [answer() if callable(answer) else answer for answer in answers]
             with lock:
-                self.answer(id, drawn, news)
+                self.answer(id, drawn, news, job)
 
         self.drawing.submit(draw)
 
