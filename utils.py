@@ -3000,11 +3000,12 @@ class Trainer:
             if was is State.GONE:
                 return
             killed = status < 0 and self.asked and not self.ending and self.deaths + 1 < self.DEATHS
-            if was is State.STARTING and not self.told and killed and not self.session:
+            early = was is State.STARTING and not self.told  # it never got as far as run()
+            if early and killed and not self.session:
                 self.deaths += 1
                 self.start()  # while somebody looks for a phone
-            elif was is State.STARTING and not self.told and not (killed and self.session):
-                self.status = status if status >= 0 else 128 - status  # it never got as far as run()
+            elif early and not killed:
+                self.status = status if status >= 0 else 128 - status
                 self.requests.put(None)
             elif was is State.STARTING and self.ending:
                 pass  # it was asked to before it could say anything
@@ -3019,7 +3020,7 @@ class Trainer:
 
     def tell_death(self, was: State, status: int, megabytes: float, last_words: Iterable) -> None:
         """Tell what has happened and what follows; start the process again. Needs the guard."""
-        asked, going = self.restarting, bool(self.run) and self.run.get('ending') is None
+        asked, going = self.restarting, self.is_busy()
         if not asked:
             self.deaths = 1 if self.progress else self.deaths + 1
         cannot_start = was is State.STARTING and status > 0 and not self.why and not asked
@@ -3029,12 +3030,11 @@ class Trainer:
             lines = [f'训练的程序启动不了（主机 {socket.gethostname()}）：{words[-1] if words else status}']
         if going:
             lines += self.where()
-        process_can_start = self.process is not None
-        again = not self.ending and process_can_start and not cannot_start
+        again = not self.ending and self.process is not None and not cannot_start
         again = again and (asked or self.deaths < self.DEATHS or isinstance(itchat.instance, Silent))
         kept = (self.saved or asked) and self.run.get('checkpoint')
         resumes = bool(again and going and kept and not self.run.get('stopping'))
-        lines += self.what_follows(again, resumes, process_can_start, cannot_start)
+        lines += self.what_follows(again, resumes, cannot_start)
         statements = self.refuse_orders(cannot_start)
         if going and not resumes:
             self.run.update(ending='中断', ended=time.time())
@@ -3052,7 +3052,7 @@ class Trainer:
             self.orders = {order.id: order, **self.orders}
         if again:
             self.start()
-        elif not process_can_start:  # there is nothing left to talk for
+        elif self.process is None:  # there is nothing left to talk for
             self.do_signal(signal.SIGTERM)
 
     def where(self) -> list:
@@ -3065,7 +3065,7 @@ class Trainer:
             lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
         return lines
 
-    def what_follows(self, again: bool, resumes: bool, can_start: bool, cannot_start: bool) -> list:
+    def what_follows(self, again: bool, resumes: bool, cannot_start: bool) -> list:
         """Return what happens next, in lines. Needs the guard."""
         kept = self.run.get('checkpoint')
         words = '发“继续”接着训练，或发“开始”从头训练' if kept else '发“开始”就从头训练'
@@ -3073,7 +3073,7 @@ class Trainer:
             return ['程序正在重新启动它，起来以后自己从检查点接着训练，不用扫码。']
         if again:
             return [f'程序正在重新启动它，不用扫码；{words}。']
-        if self.ending or not can_start:
+        if self.ending or self.process is None:
             return ['程序结束。']
         times = '改好以后' if cannot_start else f'连着 {self.deaths} 次这样了，不再自己启动'
         return [f'{times}，{words}。']
