@@ -175,6 +175,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import requests
 import segno
+import urllib3
 from tqdm import tqdm
 
 os.environ.pop('ITCHAT_UOS_ASYNC', None)  # its asynchronous half is another program
@@ -605,6 +606,7 @@ class Memory:
                 say(f'{self.NAME} 写不了（{error}）：这次的事，程序重新启动就会忘记。')
                 with contextlib.suppress(sqlite3.Error), contextlib.closing(self.read_only()) as file:
                     file.backup(self.db)
+                    self.complete(self.db)
 
     def use_file(self) -> None:
         """Go on in the file, with all that was in memory. Raises OSError, sqlite3.Error."""
@@ -623,8 +625,14 @@ class Memory:
         wal = 'journal_mode = WAL', 'synchronous = NORMAL', 'wal_autocheckpoint = 0'
         for pragma in (*wal, 'temp_store = MEMORY'):  # the last: TMPDIR may have no room
             db.execute('PRAGMA ' + pragma).fetchall()
-        db.executescript(self.TABLES)
+        self.complete(db)
         return db
+
+    def complete(self, db: sqlite3.Connection) -> None:
+        """Make the tables that are not there, and the column that a file of an earlier version lacks."""
+        db.executescript(self.TABLES)
+        with contextlib.suppress(sqlite3.OperationalError):  # it is there
+            db.execute('ALTER TABLE letter ADD COLUMN until REAL')  # when it is no longer worth sending
 
     def read_only(self) -> sqlite3.Connection:
         """Return a connection that only reads the file; without its log where the disk is full."""
@@ -1135,8 +1143,8 @@ DASHES = re.compile(r'(?m)^[^\S\n]*(?:[-–—─][^\S\n]*){3,}$')  # between wh
 MENTION = re.compile(r'\A\s*[@＠](?:[^\u2005\n]*\u2005|\S+\s)')  # WeChat puts U+2005 behind the name
 ENDS = '.!?~,;:"\'。、⋯〜·•・–—―─′'  # beside brackets, quotation marks and emoji, which have categories
 PLAIN = str.maketrans(
-    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓‐‑‒–—―−⁄×÷',
-    '开继续状态线线错图记记录参数报静帮学习轮启启-------/x/',
+    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓訓練暫終進結復‐‑‒–—―−⁄×÷',
+    '开继续状态线线错图记记录参数报静帮学习轮启启训练暂终进结复-------/x/',
 )
 
 BETWEEN = r'[\s=:,;、。]'
@@ -1147,6 +1155,13 @@ PAIR = re.compile(  # 学习率 lr = 0.1, lr0.1, lr x 0.5
 )
 COMMA = re.compile(r'((?:lr|learning_rate|学习率)[\s=:]*[x*/]?\s*\d+),(\d+)(?![\d.])')  # lr 0,1
 BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?![a-z_])(.*)')
+NEARLY = {  # how else people say a command: it is answered, not obeyed
+    'start': '(?:开始|启动|重新|重新开始)训练[吧了]?',
+    'stop': '停|停下|停下来|暂停|中止|终止|(?:停止?|暂停|中止|终止|结束)训练[吧了]?|stoptraining',
+    'resume': '(?:继续|恢复|接着)训练[吧了]?|resumetraining',
+    'restart': '重启(?:训练|程序|进程)[吧了]?',
+    'status': '(?:状态|进度)(?:怎么样|怎样|如何)了?|进度',
+}
 NUMBER_LIKE = re.compile(r'[x*/+.-]*\d[!-~]*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+')
 
 
@@ -1234,8 +1249,7 @@ def decorates(c: str) -> bool:
 
 def understand(line: str) -> Optional[Said]:
     """Return the command in a line; without a word when it is almost one, None when it is small talk."""
-    key = re.sub(r'。(?=\d)', '.', line.lower().translate(PLAIN))
-    key = COMMA.sub(r'\1.\2', key)
+    key = key_of(line)
     values = read_pairs(key)
     if values:
         return Said('set', None, values, line)
@@ -1243,9 +1257,7 @@ def understand(line: str) -> Optional[Said]:
     if named:
         return Said('allow', None, [named[1]], line)
     found = BEGINNING.fullmatch(key)
-    if not found:
-        return None
-    spelling, rest = found.groups()
+    spelling, rest = found.groups() if found else ('', '')
     if spelling in WORDS:
         word, command = WORDS[spelling], COMMANDS[WORDS[spelling]]
         number = re.fullmatch(r'[\s=:]*(\d{1,6})', rest)
@@ -1253,7 +1265,31 @@ def understand(line: str) -> Optional[Said]:
             return Said(word, int(number[1]), [], line)
         if not rest and (not command.number or command.optional):
             return Said(word, None, [], line)
-    return Said('', None, [], line) if is_attempt(spelling, rest) else None
+    almost = meant_by(key) or is_several(key) or found and is_attempt(spelling, rest)
+    return Said('', None, [], line) if almost else None
+
+
+def key_of(line: str) -> str:
+    """Return a line as it is compared."""
+    return COMMA.sub(r'\1.\2', re.sub(r'。(?=\d)', '.', line.lower().translate(PLAIN)))
+
+
+def meant_by(key: str) -> str:
+    """Return the command that a line says in other words, or ''."""
+    return next((word for word, ways in NEARLY.items() if re.fullmatch(ways, key.replace(' ', ''))), '')
+
+
+def is_several(key: str) -> bool:
+    """Return whether a line is nothing but commands, with values or in Chinese: lines that became one.
+
+    >>> is_several('lr 0.1 开始'), is_several('开始，停止'), is_several('stop help'), is_several('开始 吃饭')
+    (True, True, False, False)
+    """
+    key = re.sub(r'(?<=\d)(?=[^\x00-\x7f])|(?<=[^\x00-\x7f])(?=[a-z])', ' ', key)
+    parts = [part for part in re.split(f'(?:{BETWEEN}|，)+', key) if part]
+    words, others = [part for part in parts if part in WORDS], [part for part in parts if part not in WORDS]
+    numbers = words[1:] and not parts[0].isascii() and all(map(NUMBER_LIKE.fullmatch, others))
+    return bool(words and (numbers or read_pairs(' '.join(others))))
 
 
 def explain(line: str) -> str:
@@ -1262,9 +1298,14 @@ def explain(line: str) -> str:
     >>> explain('报告')
     '“报告”没看懂，没有执行：“报告”后面要有一个数，例如 报告 5。'
     """
-    spelling = BEGINNING.fullmatch(line.lower().translate(PLAIN))[1]
-    how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1] if spelling in NAMES else ''
-    if not how:
+    key, how = key_of(line), ''
+    if meant := meant_by(key):
+        how = f'要{COMMANDS[meant].chinese}就只发“{COMMANDS[meant].chinese}”'
+    elif is_several(key):
+        how = '一行只写一个命令，例如第一行 lr 0.1，第二行 开始'
+    elif (spelling := BEGINNING.fullmatch(key)[1]) in NAMES:
+        how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1]
+    else:
         command = COMMANDS[WORDS[spelling]]
         example = f'一个数，例如 {command.chinese}{command.number}'
         if command.number and not command.optional:
@@ -1302,13 +1343,18 @@ def is_attempt(spelling: str, rest: str) -> bool:
     >>> is_attempt('stop', ' it'), is_attempt('开始', '吃饭')
     (False, False)
     """
-    rest = re.sub(r'(?<=\d)\s*[轮次张个]$', '', rest)
+    rest = re.sub(r'(?<=\d)\s*[轮次张个]$|^\s*[改调设降升换变减][成为到至](?=\s*[\d.])', '', rest)
     parts = [part for part in re.split(f'{BETWEEN}+', rest) if part]
     names = NAMES if spelling in NAMES else ()
     numbers = all(NUMBER_LIKE.fullmatch(part) or part in names for part in parts)
     lone = len(parts) == 1 and parts[0].isascii() and not rest.startswith(parts[0])
     lone = lone and (spelling not in IN_PHRASES or '=' in rest)
     return len(rest) <= 12 and (numbers or lone)
+
+
+def manner_text(report_every: int, patience: int) -> str:
+    """Return what was said of reports and of the end, as it is written, where it is not what is usual."""
+    return '\n'.join([f'报告 {report_every}'] * (report_every != 1) + [f'早停 {patience}'] * (patience != 0))
 
 
 def values_text(lr: float, ti: int, bs: int) -> str:
@@ -1319,16 +1365,23 @@ def values_text(lr: float, ti: int, bs: int) -> str:
 # ------------------------------------------------------------------------------------- outgoing mail
 
 
+LASTS = {  # seconds in which a letter of a kind is worth sending; all others are for ever
+    'notice': 600,  # how things stand: later only the last one is sent, and says from when it is
+    'picture': 3600,  # later a line of text that says where it lies
+}
+
+
 class Letter(NamedTuple):
-    """What is to be sent to somebody: a text, the report after an epoch, or the path of a picture.
+    """What is to be sent to somebody: a text, the report after an epoch, a notice, the path of a picture.
 
     Of reports that have had to wait, `test_acc` says which is the best.
     """
 
     content: str
-    kind: str = 'text'  # 'report', 'picture'
+    kind: str = 'text'  # 'report', 'notice', 'picture'
     test_acc: float = 0.0
     key: int = 0  # in the memory
+    until: float = math.inf  # when it is no longer worth sending, by time.time(): see LASTS
 
     def pieces(self, longest: int) -> list:
         """Return letters of at most so many bytes that say the same, cut at line ends, and numbered.
@@ -1350,9 +1403,16 @@ class Letter(NamedTuple):
         parts = [part for part in parts if part]
         return [self._replace(content=f'（{i}/{len(parts)}）\n{x}') for i, x in enumerate(parts, 1)]
 
+    def is_stale(self) -> bool:
+        """Return whether it is no longer worth sending as it is."""
+        return self.until < time.time()
+
     def text(self) -> str:
         """Return what can be sent, or written down, in any case."""
-        return f'图片没有传上去，在 {shown(self.content)}' if self.kind == 'picture' else self.content
+        if self.kind == 'picture':
+            return f'图片没有传上去，在 {shown(self.content)}'
+        when = f'{local_time(self.until - LASTS[self.kind])}：' if self.is_stale() else ''
+        return when + self.content
 
 
 class Outbox:
@@ -1382,9 +1442,11 @@ class Mail:
 
     def begin(self) -> None:
         """Take up what an earlier program has not sent, and begin to send."""
-        for key, person, kind, content, test_acc in memory.rows('SELECT * FROM letter ORDER BY key'):
+        for person, *letter, until in memory.rows(
+            'SELECT person, content, kind, test_acc, key, until FROM letter ORDER BY key'
+        ):
             person = people.by_key.get(person, OWNER)
-            self.add(person, Letter(content, kind, test_acc, key)).late = True
+            self.add(person, Letter(*letter, until or math.inf)).late = True
         for pictures in (False, True):
             threading.Thread(target=self.deliver, args=(pictures,), name='mail', daemon=True).start()
 
@@ -1393,9 +1455,11 @@ class Mail:
         what has happened, statements for the memory, is so together with them or not at all."""
         pairs = [(person, x if isinstance(x, Letter) else Letter(x)) for person, x in pairs]
         pairs = [(person, piece) for person, x in pairs for piece in x.pieces(self.LONGEST)]
+        now = time.time()
+        pairs = [(p, x._replace(until=now + LASTS[x.kind]) if x.kind in LASTS else x) for p, x in pairs]
         with self.changed:
-            sql = 'INSERT INTO letter (person, kind, content, test_acc) VALUES (?, ?, ?, ?)'
-            rows = [(sql, person.key, x.kind, printable(x.content), x.test_acc) for person, x in pairs]
+            sql = 'INSERT INTO letter (person, kind, content, test_acc, until) VALUES (?, ?, ?, ?, ?)'
+            rows = [(sql, p.key, x.kind, printable(x.content), x.test_acc, x.until) for p, x in pairs]
             keys = memory.write(*rows, *also)
             for key, (person, letter) in zip(keys, pairs):
                 self.add(person, letter._replace(key=key))
@@ -1447,6 +1511,9 @@ class Mail:
         while True:
             with self.changed:
                 person, outbox = self.next_outbox(pictures)
+                if pictures and outbox.letters[0].is_stale():
+                    self.describe_picture(person, outbox)
+                    continue
                 letter, count = self.next_letter(outbox)
                 keys = [each.key for each in itertools.islice(outbox.letters, count)]
             problem, number = self.send(person, letter)
@@ -1515,10 +1582,12 @@ class Mail:
         return problem, number if person is OWNER else ''
 
     def describe_picture(self, person: Person, outbox: Outbox) -> None:
-        """Put a text in the place of a picture that does not go. Needs `changed`."""
-        letter = outbox.letters[0]
-        self.put((person, letter.text()))
+        """Put a text in the place of a picture that does not go, once in a row. Needs `changed`."""
+        letter, texts = outbox.letters[0], self.outboxes.get((person, False), Outbox())
+        if not texts.letters or texts.letters[-1].content != letter.text():
+            self.put((person, letter.text()))
         self.remove(outbox, [letter.key])
+        self.changed.notify_all()
 
     def give_up(self, person: Person, outbox: Outbox, key: int, problem: str) -> None:
         """Write a text down that was refused five times over ten minutes, if a note of that is not refused:
@@ -1540,29 +1609,32 @@ class Mail:
         if outbox.late and outbox.letters[0].kind != 'picture' and outbox.tries < 3:
             text, count = self.merge(outbox.letters)
             return Letter(text), count
-        return outbox.letters[0], 1
+        letter = outbox.letters[0]
+        return letter if letter.kind == 'picture' else letter._replace(content=letter.text()), 1
 
     def merge(self, letters: Iterable) -> tuple:
         """Return one text for the texts at the head of `letters`, and how many they are.
 
-        When there are more reports than a screenful, the first, the best and the last are in it.
+        When there are more reports than a screenful, the first, the best and the last are in it; of notices
+        that are too old, the last.
         """
         texts = list(itertools.takewhile(lambda letter: letter.kind != 'picture', letters))
         reports = [letter for letter in texts if letter.kind == 'report']
+        stale = [letter.key for letter in texts if letter.is_stale()][:-1]
         kept = reports
         if len(reports) > self.SCREENFUL:
             kept = [reports[0], max(reports, key=lambda report: report.test_acc), reports[-1]]
         merged, left_out, count = [], 0, 0
-        for letter in texts:
+        for number, letter in enumerate(texts, 1):
             if letter.kind == 'report' and not any(letter is other for other in kept):
                 left_out += 1
-            else:
+            elif letter.key not in stale:
                 note = [f'（略去 {left_out} 份报告，都在 log.csv 里）'] if left_out else []
-                if merged and sum(size(x) + 2 for x in (*merged, *note, letter.content)) > self.LONGEST:
+                content = letter.text()
+                if merged and sum(size(x) + 2 for x in (*merged, *note, content)) > self.LONGEST:
                     break
-                merged, left_out = [*merged, *note, letter.content], 0
-            count += 1
-        return '\n\n'.join(merged), count - left_out
+                merged, left_out, count = [*merged, *note, content], 0, number
+        return '\n\n'.join(merged), count
 
 
 PASSING = [f'Ret {code}' for code in (-1, 1205, 1100, 1101, 1102)]  # not the message's own fault
@@ -1836,6 +1908,15 @@ class Adapter(requests.adapters.HTTPAdapter):
         super().__init__()
         self.client = client
 
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, **kwargs)
+        limit_headers(self.poolmanager)
+
+    def proxy_manager_for(self, proxy, **kwargs):
+        known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        return manager if known else limit_headers(manager)
+
     def send(self, request, stream=False, timeout=None, **kwargs):
         name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
         self.client.change_request(name, request)
@@ -1854,6 +1935,34 @@ class Adapter(requests.adapters.HTTPAdapter):
             raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
         self.client.note_answer(response)
         return response
+
+
+def limit_headers(manager: Any) -> Any:
+    """Let a manager of urllib3's make connections that give the headers of an answer a time; return it.
+
+    The time-out of a socket begins anew with every byte. See read_body(), too.
+    """
+
+    def limited(pool):
+        class Connection(pool.ConnectionCls):
+            def getresponse(self):
+                end = socket.socket.shutdown, (self.sock, socket.SHUT_RDWR)
+                timer = threading.Timer(options.timeout[1] + 1, *end)
+                timer.daemon = True
+                timer.start()
+                try:
+                    answer = super().getresponse()
+                    if timer.finished.is_set():  # headers that were cut off look like headers that end
+                        raise urllib3.exceptions.ProtocolError
+                    return answer
+                finally:
+                    timer.cancel()
+
+        return type('Pool', (pool,), {'ConnectionCls': Connection})
+
+    classes = manager.pool_classes_by_scheme
+    manager.pool_classes_by_scheme = {scheme: limited(pool) for scheme, pool in classes.items()}
+    return manager
 
 
 def causes(error: Optional[BaseException]) -> Iterator:
@@ -2044,6 +2153,7 @@ class WeChat(itchat.Core, Client):
     hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
     refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
     unreachable = '连不上微信（{}）{}。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+    most_pages = 200  # of the contacts: who has thousands of friends gets a few
     domains = '.qq.com', '.wechat.com'  # where a login may lead
     busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
 
@@ -2241,11 +2351,7 @@ class WeChat(itchat.Core, Client):
     def show_qr(self, uuid: str, status: str, qrcode: bytes) -> None:
         """Show the state of the login: itchat calls it with the QR code (a PNG) and at every poll."""
         if status == '0':
-            drawing = io.StringIO()
-            segno.make('https://login.weixin.qq.com/l/' + uuid, error='l').terminal(drawing, compact=True)
-            # White on black whatever the terminal's colours are: phones do not read an inverted code.
-            row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
-            print_line('\n'.join(row % line for line in drawing.getvalue().splitlines()))
+            print_line(draw_code('https://login.weixin.qq.com/l/' + uuid))
             picture = itchat.config.DEFAULT_QR
             try:
                 with open(picture, 'wb', opener=functools.partial(os.open, mode=0o600)) as f:
@@ -2313,7 +2419,7 @@ class WeChat(itchat.Core, Client):
         if not update:
             return super().get_contact()
         url, seq, pause, known = self.loginInfo['url'] + '/webwxgetcontact', 0, 1, set()
-        while True:
+        for _ in range(self.most_pages):
             try:
                 query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
                 answer = read(self.ask(url, params=query))
@@ -2329,6 +2435,8 @@ class WeChat(itchat.Core, Client):
                 say('好友名单没有取到，再试。')
                 time.sleep(options.retry * pause)
                 pause *= 2
+        say(f'好友名单没有完：读了 {len(known)} 个就不再读了。')
+        return []
 
     def note_contacts(self, contacts: list) -> set:
         """Note new or changed entries of the contacts, and return whose; groups are of no interest.
@@ -2638,6 +2746,23 @@ class WeChat(itchat.Core, Client):
         """Note the time in an answer, which some servers tell."""
         with contextlib.suppress(KeyError, TypeError, ValueError):
             self.note_time(int(email.utils.parsedate_to_datetime(response.headers['Date']).timestamp()))
+
+
+def draw_code(content: str) -> str:
+    """Return a QR code for the terminal; in ASCII, twice as large, where the encoding may lack blocks.
+
+    It is white on black whatever the terminal's colours are: phones do not read an inverted code.
+    """
+    code, colours = segno.make(content, error='l'), sys.stdout.isatty()
+    if sys.stdout.encoding.lower() not in ('utf-8', 'utf8'):
+        white, black = ('\033[107m  \033[0m', '\033[40m  \033[0m') if colours else ('##', '  ')
+        return '\n'.join(
+            ''.join(black if dark else white for dark in row) for row in code.matrix_iter(border=4)
+        )
+    drawing = io.StringIO()
+    code.terminal(drawing, compact=True)
+    row = '\033[97;40m%s\033[0m' if colours else '%s'
+    return '\n'.join(row % line for line in drawing.getvalue().splitlines())
 
 
 def set_damaged_session_aside(path: str) -> None:
@@ -3277,7 +3402,8 @@ class Trainer:
 
     def values(self) -> str:
         """Return the three values for the next run, in words."""
-        return values_text(*{**self.told.get('values', {}), **memory.get('values', {})}.values())
+        values = values_text(*{**self.told.get('values', {}), **memory.get('values', {})}.values())
+        return f'{values}\n{manner_text(memory.get("report_every", 1), memory.get("patience", 0))}'.strip()
 
     # -- what the training process says
 
@@ -3412,8 +3538,8 @@ class Trainer:
 
     # -- what is told without being asked
 
-    def tell(self, text: str, key: Optional[int]) -> None:
-        """Send a text to the one who started the run and to the supervisors."""
+    def tell(self, text: Any, key: Optional[int]) -> None:
+        """Send a text or a Letter to the one who started the run and to the supervisors."""
         mail.put(*((person, text) for person in people.audience(key)))
 
     def watch(self) -> None:
@@ -3427,7 +3553,7 @@ class Trainer:
             with self.guard:
                 text = self.news() if self.state is State.READY else ''
                 if text:
-                    self.tell(text, self.run.get('person'))
+                    self.tell(Letter(text, 'notice'), self.run.get('person'))
                 self.tell_unanswered()
 
     def tell_unanswered(self) -> None:
@@ -3437,7 +3563,7 @@ class Trainer:
                 order = self.orders[number]
                 text = f'训练的进程 {self.PATIENCE} 秒没有回答“{order.text.strip()[:20]}”；'
                 text += '它要是卡住了，发“重启”。'
-                mail.put((order.person, text))
+                mail.put((order.person, Letter(text, 'notice')))
                 self.sent[number] = math.inf
                 self.guard.notify_all()
 
@@ -3529,7 +3655,8 @@ class Countdown:
 
     def start(self, person: Optional[int]) -> None:
         """Announce the command and let it run when nobody says 取消."""
-        trainer.tell(f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。', person)
+        text = f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。'
+        trainer.tell(Letter(text, 'notice'), person)
         with self.guard:
             self.cancelled = threading.Event()
             arguments = self.cancelled, person
@@ -5665,6 +5792,10 @@ class Settings:
         own = {'chosen': sorted(self.chosen), 'report_every': self.report_every, 'patience': self.patience}
         return {'values': values, **own}
 
+    def manner(self) -> str:
+        """Return what is not as usual, in words."""
+        return manner_text(self.report_every, self.patience)
+
     def adopt(self, kept: dict) -> None:
         """Go by what was remembered."""
         values = kept.pop('values', {})
@@ -5793,7 +5924,7 @@ class Commands:
 
     def status(self, asked: Asked) -> Any:
         """Say where things stand."""
-        text = run.status()
+        text = f'{run.status()}\n{settings.manner()}'.strip()
         return text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
 
     def plot(self, asked: Asked) -> Any:
@@ -5831,8 +5962,8 @@ class Commands:
         return trying('记录没有读成', runs_text)  # reading takes a moment, which the lock must not
 
     def params(self, asked: Asked) -> str:
-        """Say the three values."""
-        return values_now()
+        """Say the three values, and what else was set."""
+        return f'{values_now()}\n{settings.manner()}'.strip()
 
     def help(self, asked: Asked) -> str:
         """List the commands."""
