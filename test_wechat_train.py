@@ -1213,6 +1213,9 @@ NEW = [
     ('ti 3\r\n\r\n \n开始！\r\n', [[(TI, '3')], ('start', None)]),
     ('停止<br/>状态', [('stop', None), ('status', None)]),
     ('停止\n👍\n。。。', word('stop')),  # lines with nothing in them
+    ('停止[强]', word('stop')),  # WeChat's own emoji come as words
+    ('lr 0.1 [OK][玫瑰]\n开始[捂脸]', [[(LR, '0.1')], ('start', None)]),
+    ('[停止]', word('stop')),
     ('\n'.join(['状态'] * utils.MOST_LINES), word('status') * utils.MOST_LINES),
 ]
 
@@ -1266,7 +1269,8 @@ def test_complete(text, complete):
     '停/暂停/停止训练/停止訓練吧/开始训练/开始 训练/继续训练/重启训练/stop training/'
     '状态怎么样/进度/进度怎么样了/'
     'lr 0.1 开始/开始 lr 0.1/lr0.1开始/开始lr0.1/ti 5 lr 0.1 开始/lr 0.1,开始/lr x0.5 继续/lr 0.1 start/'
-    '停止 状态/开始,停止/开始 停止/报告 5 开始/曲线 2 状态/lr改成0.1/学习率调到 0.05/报告改成 5'.split('/'),
+    '停止 状态/开始,停止/开始 停止/报告 5 开始/曲线 2 状态/lr改成0.1/学习率调到 0.05/报告改成 5/'
+    'lr:0.5 → 0.1/lr为0.1'.split('/'),
 )
 def test_almost_a_command(text):
     parsed = utils.parse(text)
@@ -1284,6 +1288,8 @@ def test_almost_a_command(text):
         ('ti 3\n“报告 x”\n停止\n早停', [[(TI, '3')], '? 报告 x']),
         ('报告\n停止', ['? 报告']),  # nothing behind a wrong line, nor a command below it, is obeyed
         ('ti 3\nlr\n开始', [[(TI, '3')], '? lr']),
+        ('lr 0.1\n开始吧\n谢谢', [[(LR, '0.1')], '? 开始吧']),  # values are no small talk
+        ('谢谢\nlr 0.1', ['? 谢谢']),
         ('开始\n吃饭', []),
         ('吃饭\n开始', []),
         ('开始\n报告\n吃饭', []),
@@ -1372,7 +1378,9 @@ def test_there_is_enough_small_talk():
 @pytest.mark.parametrize('around', ['“{}”', '{}👍', '\u200b{}。', '停止\n{}', '{}\n停止'])
 def test_small_talk_stays_small_talk(around):
     for text in SMALL_TALK:
-        if not re.fullmatch(r'\W+|@小号', text):  # an empty line; a mention alone in the line above is one
+        if not re.fullmatch(
+            r'\W+|\[微笑\]|@小号', text
+        ):  # an empty line; a mention alone in the line above is one
             parsed = utils.parse(around.format(text))
             # A number belongs to the line above: 停止 666 is almost a command.
             assert not parsed.commands if text[0].isdigit() else parsed == TALK, text
@@ -3119,6 +3127,8 @@ def test_lines_almost_commands_and_quoted_ones(wechat, tmp_path):
         assert answer.endswith('从“ti 9”起没有执行。')
         answer = wechat.ask('bs 16\n早停\n开始')
         assert 'bs = 16' in answer and '“早停”没看懂，没有执行：“早停”后面要有一个数，例如 早停 5' in answer
+        assert wechat.ask('停').startswith('“停”没看懂，没有执行：要停止就只发“停止”')
+        assert '一行只写一个命令' in wechat.ask('lr 0.1 开始') and '空闲' in wechat.ask('状态')
         assert wechat.ask('报告') == '“报告”没看懂，没有执行：“报告”后面要有一个数，例如 报告 5。'
         assert '例如 bs 128' in wechat.ask('bs')
         assert wechat.ask('「A：开始」\n- - - - - - - - -\n参数').startswith('学习率 lr = 0.1')
@@ -3129,17 +3139,18 @@ def test_lines_almost_commands_and_quoted_ones(wechat, tmp_path):
         assert set(utils.COMMANDS) <= set(dir(utils.Commands))
 
 
-def test_a_friend_needs_the_owners_word_when_the_owner_commands(wechat, tmp_path):
-    wechat.remarks['C'] = '小波'
+@pytest.mark.parametrize('remark', ['小波', '小波🌸。', '（老👨\u200d👩\u200d👧）', '1. <b>&amp;'])
+def test_a_friend_needs_the_owners_word_when_the_owner_commands(wechat, tmp_path, remark):
+    wechat.remarks['C'] = html.escape(remark)
     with Program(tmp_path, env=wechat.env()):
         wechat.wait(lambda: wechat.receiving)
         wechat.says('A', 'lr 0.2')
         wechat.wait_text('lr = 0.2', 'filehelper')
         assert wechat.ask('lr 0.9', 'C').startswith('抱歉')
         told = wechat.wait_text('允许', 'filehelper')
-        assert told == '小波 想下命令：“lr 0.9”。要是允许，就发“允许 小波”。'
-        wechat.says('B', '允许 小波')  # only the owner's word counts
-        wechat.says('A', '允许 小波')
+        assert told == f'{remark} 想下命令：“lr 0.9”。要是允许，就发“允许 {remark}”。'
+        wechat.says('B', f'允许 {remark}')  # only the owner's word counts
+        wechat.says('A', f'允许 {remark}')
         wechat.wait_text('机主允许', 'C')
         assert 'lr = 0.2' in wechat.ask('参数', 'C')
         assert wechat.ask('参数', 'B').startswith('抱歉')
@@ -3312,7 +3323,7 @@ def test_a_text_that_is_refused_for_good_does_not_end_the_mail(wechat, tmp_path)
 
     def send(request):
         content = request['Msg'].get('Content', '')
-        refused = len(content.encode()) > 2048 or 'poison' in content
+        refused = len(content.encode()) > 2048 or 'poison' in content or not content.strip()
         return {'BaseResponse': {'Ret': 1201, 'ErrMsg': ''}} if refused else usual(request)
 
     wechat.on_webwxsendmsg = send
@@ -3322,6 +3333,7 @@ def test_a_text_that_is_refused_for_good_does_not_end_the_mail(wechat, tmp_path)
         utils.lock_start()
         utils.chat_send('\\n'.join(f'line {i} ' + '字' * 30 for i in range(100)))
         utils.chat_send('poison')
+        utils.chat_send(' \\n')
         """,
     )
     with Program(tmp_path, env=wechat.env(), before=GIVING_UP, script=script):
@@ -3335,7 +3347,8 @@ def test_a_text_that_is_refused_for_good_does_not_end_the_mail(wechat, tmp_path)
         numbers = re.findall(r'（(\d)/(\d)）\n', texts)
         assert numbers == [(str(i + 1), numbers[0][1]) for i in range(int(numbers[0][1]))]
         [undelivered] = tmp_path.glob('runs/*/undelivered.txt')
-        assert 'poison' in undelivered.read_text('utf-8')
+        assert 'poison' in undelivered.read_text('utf-8') and wechat.ask('参数')
+        assert undelivered.read_text('utf-8').count('Ret 1201') == 1
         assert 'lr = 0.1' in wechat.ask('lr 0.1')
 
 
@@ -4754,10 +4767,14 @@ def test_a_refused_or_empty_answer_in_passing_costs_no_scan_and_no_haste(wechat,
 
 def test_contacts_that_are_refused_or_odd(wechat, tmp_path):
     usual, refusals = wechat.on_webwxgetcontact, [1205]
+    span = '<span class="emoji emoji1f468200d1f469"></span>'  # three code points; itchat reads one or two
     odd = {'UserName': '@odd', 'NickName': None}, {'NickName': 'no address'}
+    wechat.nicknames = {'C': span, 'D': span.replace('1f468200d1f469', 'ffffffff')}
 
     def contacts(query):
         answer = json.loads(usual(query))
+        for member in answer['MemberList']:
+            member.update(VerifyFlag=None, RemarkName=None, Sex=None, MemberList=None, HeadImgUrl=None)
         answer['MemberList'][:0] = odd
         code = refusals.pop() if refusals else 0
         return json.dumps({'BaseResponse': {'Ret': code}} if code else answer)
@@ -4765,9 +4782,18 @@ def test_contacts_that_are_refused_or_odd(wechat, tmp_path):
     wechat.on_webwxgetcontact = contacts
     usual_sync, wechat.odd = wechat.on_webwxsync, list(odd)
     wechat.on_webwxsync = lambda request: {**usual_sync(request), 'ModContactList': wechat.odd}
-    with Program(tmp_path, env=wechat.env(), before=QUICK):
+    with Program(tmp_path, '--supervisor', 'B', env=wechat.env(), before=QUICK):
         wechat.ready()
         assert not refusals and 'lr = 0.1' in wechat.ask('lr 0.1')
+        wechat.says('B', '', Content='lr 0.2' + span)
+        assert wechat.wait_text('lr = 0.2')
+    (tmp_path / 'itchat.pkl').unlink()
+    wechat.receiving = 0
+    wechat.on_webwxgetcontact = lambda query: '{"BaseResponse": {"Ret": 0}, "MemberList": null}'
+    with Program(tmp_path, env=wechat.env()):  # there are no friends
+        wechat.wait(lambda: wechat.receiving)
+        wechat.says('A', '参数')
+        wechat.wait_text('学习率', 'filehelper')
 
 
 def test_a_taken_over_nickname_commands_nothing(wechat, tmp_path):
@@ -4994,8 +5020,9 @@ def test_a_code_that_is_odd_once_stays_on_the_screen(wechat, tmp_path):
         wechat.wait(lambda: wechat.requests.count('login.weixin.qq.com/jslogin') == 4)
 
 
-def test_a_blank_supervisor_is_a_mistake(tmp_path):
-    with Program(tmp_path, '--supervisor', '') as program:
+@pytest.mark.parametrize('name', ['', '\u200b '])
+def test_a_blank_supervisor_is_a_mistake(tmp_path, name):
+    with Program(tmp_path, '--supervisor', name) as program:
         status, output = program.types('')
     assert status == 2 and '名字是空的' in output
 

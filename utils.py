@@ -950,7 +950,7 @@ class People:
         """Let a friend command, at the owner's word; return the answer."""
         friends = itchat.instance.get_friends()[1:]
         with self.guard:
-            person = self.find(friends, name)
+            person = self.find(friends, as_shown(name, friends))
             if person is None:  # or no name was said
                 return f'没有一个好友叫“{name}”，或者不止一个：请写备注名，例如 允许 小波。'
             person.role, person.refused = person.role or 'allowed', False
@@ -1035,28 +1035,37 @@ class People:
         return None
 
 
+@functools.lru_cache(65536)  # thousands of friends are looked through for each who is known
 def canonical(name: Optional[str]) -> str:
     """Return a name in the form in which names are compared: WeChat writes some characters in several ways.
 
     >>> canonical('A&amp;B\\xa0 ') == canonical('Ａ&B'), canonical('猫<span class="emoji emoji1f63b"></span>')
     (True, '猫😍')
     """
-    name = re.sub(r'<span class="emoji emoji([0-9a-f]+)"></span>', emoji, name or '')
-    name = unicodedata.normalize('NFKC', html.unescape(name)).translate(CATS)
+    name = unicodedata.normalize('NFKC', html.unescape(with_emoji(name or ''))).translate(CATS)
     name = ''.join(c for c in name if c == '\u200d' or unicodedata.category(c) not in ('Cf', 'Mn', 'Me'))
     return ' '.join(name.split())
 
 
 CATS = str.maketrans(
     '😼😹😺💫🙍😻😽🙎😿', '😁😂😃😖😔😍😘😡😢'
-)  # itchat takes WeChat's numbers of them for these
+)  # WeChat has the numbers of the former for the latter
 
 
-def emoji(found: re.Match) -> str:
-    """Return the emoji that WeChat has written as an element: of one code point or two, in hexadecimal."""
-    code = found[1]
-    codes = [code[:5], code[5:]] if len(code) == 10 else [code[:2], code[2:]] if len(code) == 6 else [code]
-    return ''.join(chr(int(part, 16)) for part in codes)
+def with_emoji(text: str) -> str:
+    """Return a text in which the elements that WeChat writes for emoji are emoji.
+
+    itchat reads those of one or two code points, and raises at others.
+
+    >>> with_emoji('<span class="emoji emoji3120e3"></span><span class="emoji emoji2764fe0f"></span>')
+    '1⃣❤️'
+    """
+    code = r'[0-9a-f]{2}(?=20e3)|1[0-9a-f]{4}|[0-9a-f]{4}'
+    return re.sub(
+        r'<span class="emoji emoji([0-9a-f]+)"></span>?',
+        lambda found: ''.join(chr(int(part, 16)) for part in re.findall(code, found[1])).translate(CATS),
+        text,
+    )
 
 
 # ------------------------------------------------------------------------------------ what can be said
@@ -1156,13 +1165,15 @@ PAIR = re.compile(  # 学习率 lr = 0.1, lr0.1, lr x 0.5
 COMMA = re.compile(r'((?:lr|learning_rate|学习率)[\s=:]*[x*/]?\s*\d+),(\d+)(?![\d.])')  # lr 0,1
 BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?![a-z_])(.*)')
 NEARLY = {  # how else people say a command: it is answered, not obeyed
-    'start': '(?:开始|启动|重新|重新开始)训练[吧了]?',
-    'stop': '停|停下|停下来|暂停|中止|终止|(?:停止?|暂停|中止|终止|结束)训练[吧了]?|stoptraining',
+    'start': '(?:开始|启动|重新|重新开始)训练[吧了]?|starttraining',
+    'stop': '停|停下|停下来|暂停|中止|终止|(?:停止?|暂停|中止|终止|结束)训练[吧了]?|stoptraining|pause',
     'resume': '(?:继续|恢复|接着)训练[吧了]?|resumetraining',
     'restart': '重启(?:训练|程序|进程)[吧了]?',
     'status': '(?:状态|进度)(?:怎么样|怎样|如何)了?|进度',
 }
-NUMBER_LIKE = re.compile(r'[x*/+.-]*\d[!-~]*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+')
+NUMBER_LIKE = re.compile(
+    r'→|->|[x*/+.-]*\d[!-~]*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+'
+)
 
 
 class Said(NamedTuple):
@@ -1196,18 +1207,19 @@ class Parsed(NamedTuple):
 
 
 def parse(text: str) -> Parsed:
-    """Read a message, line by line; a line of small talk makes all of it small talk.
+    """Read a message, line by line; a line of small talk makes all of it small talk, but for values.
 
     >>> [(said.word, said.number, said.values) for said in parse('“ＬＲ：０。１，ti 5”\\n報告 3！').commands]
     [('set', None, [('learning_rate', '0.1'), ('training_iters', '5')]), ('report', 3, [])]
     >>> parse('开始\\n报告 x\\n停止').almost, parse('开始\\n吃饭')
     ('报告 x', Parsed(commands=[], almost=''))
     """
-    heard = [understand(line) for line in lines_of(text)]
-    if None in heard:
+    lines = lines_of(text)
+    heard = [understand(line) for line in lines]
+    if None in heard and not any(said and said.word == 'set' for said in heard):
         return Parsed([], '')
-    commands = list(itertools.takewhile(lambda said: said.word, heard))
-    return Parsed(commands, next((said.text for said in heard if not said.word), ''))
+    commands = list(itertools.takewhile(lambda said: said and said.word, heard))
+    return Parsed(commands, ''.join(lines[len(commands) :][:1]))
 
 
 def lines_of(text: str) -> list:
@@ -1228,6 +1240,7 @@ def lines_of(text: str) -> list:
     text = re.sub('[⁰¹²³⁴-⁹⁻]+', r'^\g<0>', text)  # or 10⁻³ would be 10-3, and 2⁷ 27
     text = unicodedata.normalize('NFKC', text)  # full-width to ASCII
     text = re.sub(r'\n[\s=:,;、]*(?=[x*/×÷+−-]?[.。]?\d)', ' ', text)  # a number belongs to the line above
+    text = re.sub(r'(?<=[^\W_])\s*(?:\[[^]\[\s\d]{1,10}\])+(?=\n|\Z)', '', text)  # [强]: WeChat's own emoji
     lines = [line for line in map(strip_ends, text.split('\n')) if line]
     return lines if len(lines) <= MOST_LINES else []
 
@@ -1253,7 +1266,7 @@ def understand(line: str) -> Optional[Said]:
     values = read_pairs(key)
     if values:
         return Said('set', None, values, line)
-    named = re.fullmatch(r'(?:允许|允許|allow)\s+(\S.{,40})', line)
+    named = re.fullmatch(r'(?:允许|允許|allow(?=[\s:]))[\s:]*(\S.{,40})', line)
     if named:
         return Said('allow', None, [named[1]], line)
     found = BEGINNING.fullmatch(key)
@@ -1292,6 +1305,18 @@ def is_several(key: str) -> bool:
     return bool(words and (numbers or read_pairs(' '.join(others))))
 
 
+def as_shown(name: str, friends: Iterable) -> str:
+    """Return the name that a friend is shown by, if there is one that reads as `name` behind 允许.
+
+    Of the name's own emoji, brackets and full stops a command would lose those at its end.
+    """
+    for friend in friends:
+        shown = friend.get('RemarkName') or friend.get('NickName') or ''
+        if [said.values for said in parse(f'允许 {shown}').commands] == [[name]]:
+            return shown
+    return name
+
+
 def explain(line: str) -> str:
     """Return what is wrong with a line that is almost a command, and an example.
 
@@ -1303,8 +1328,10 @@ def explain(line: str) -> str:
         how = f'要{COMMANDS[meant].chinese}就只发“{COMMANDS[meant].chinese}”'
     elif is_several(key):
         how = '一行只写一个命令，例如第一行 lr 0.1，第二行 开始'
-    elif (spelling := BEGINNING.fullmatch(key)[1]) in NAMES:
+    elif (spelling := (BEGINNING.fullmatch(key) or [''] * 2)[1]) in NAMES:
         how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1]
+    elif spelling not in WORDS:  # beside values
+        how = '一行写一个命令，“帮助”列出全部命令'
     else:
         command = COMMANDS[WORDS[spelling]]
         example = f'一个数，例如 {command.chinese}{command.number}'
@@ -1343,7 +1370,7 @@ def is_attempt(spelling: str, rest: str) -> bool:
     >>> is_attempt('stop', ' it'), is_attempt('开始', '吃饭')
     (False, False)
     """
-    rest = re.sub(r'(?<=\d)\s*[轮次张个]$|^\s*[改调设降升换变减][成为到至](?=\s*[\d.])', '', rest)
+    rest = re.sub(r'(?<=\d)\s*[轮次张个]$|^\s*(?:[改调设降升换变减][成为到至]|为|→|->)(?=\s*[\d.])', '', rest)
     parts = [part for part in re.split(f'{BETWEEN}+', rest) if part]
     names = NAMES if spelling in NAMES else ()
     numbers = all(NUMBER_LIKE.fullmatch(part) or part in names for part in parts)
@@ -1454,6 +1481,7 @@ class Mail:
         """Queue (person, letter or text) pairs; return their keys at once. What else is to be remembered of
         what has happened, statements for the memory, is so together with them or not at all."""
         pairs = [(person, x if isinstance(x, Letter) else Letter(x)) for person, x in pairs]
+        pairs = [(person, x) for person, x in pairs if x.content.strip()]  # WeChat takes no empty text
         pairs = [(person, piece) for person, x in pairs for piece in x.pieces(self.LONGEST)]
         now = time.time()
         pairs = [(p, x._replace(until=now + LASTS[x.kind]) if x.kind in LASTS else x) for p, x in pairs]
@@ -2047,7 +2075,7 @@ def listed(answer: dict, name: str) -> list:
 
 
 def moment(value: Any) -> int:
-    """Return a time that the server has written, as a number or as its digits; 0 for anything else."""
+    """Return a number that the server has written, a time say, or its digits; 0 for anything else."""
     return int(value) if re.fullmatch(r'\d{1,10}', str(value)) else 0
 
 
@@ -2399,8 +2427,7 @@ class WeChat(itchat.Core, Client):
         refused = (answer.get('BaseResponse') or {}).get('Ret')
         if refused or not user['UserName'] or not self.move_on(answer):
             raise Refused
-        user['NickName'] = user['NickName'] or ''
-        itchat.utils.emoji_formatter(user, 'NickName')
+        user['NickName'] = html.unescape(with_emoji(user['NickName'] or ''))
         count = moment(answer.get('InviteStartCount'))
         self.loginInfo.update(User=templates.wrap_user_dict(user), InviteStartCount=count)
         self.memberList.append(self.loginInfo['User'])
@@ -2425,7 +2452,7 @@ class WeChat(itchat.Core, Client):
                 answer = read(self.ask(url, params=query))
                 if answer['BaseResponse']['Ret'] != 0:
                     raise requests.RequestException('refused')
-                names, seq = self.note_contacts(answer['MemberList']), answer.get('Seq')
+                names, seq = self.note_contacts(answer['MemberList'] or ()), answer.get('Seq')
                 if not seq or names <= known:
                     return []
                 known |= names
@@ -2457,10 +2484,9 @@ class WeChat(itchat.Core, Client):
 
     def note_contact(self, friend: dict, known: dict) -> dict:
         """Note an entry of the contacts; `known` are those by UserName. Needs itchat's lock."""
-        friend = {'VerifyFlag': 0, **friend}
+        friend = {**friend, 'VerifyFlag': moment(friend.get('VerifyFlag'))}
         for name in ('NickName', 'RemarkName', 'DisplayName'):
-            friend[name] = friend.get(name) or ''
-            itchat.utils.emoji_formatter(friend, name)
+            friend[name] = html.unescape(with_emoji(friend.get(name) or ''))
         if friend['UserName'] in known:
             itchat.utils.update_info_dict(known[friend['UserName']], friend)
         else:
@@ -2688,7 +2714,7 @@ class WeChat(itchat.Core, Client):
         chats = msg['FromUserName'] + msg['ToUserName']
         if '@@' in chats or msg['MsgType'] == 51:  # 51: opened on the phone
             return
-        [msg] = produce_msg(self, [msg])
+        [msg] = produce_msg(self, [{**msg, 'Content': with_emoji(msg['Content'])}])
         if not self.is_own(msg):
             trainer.take(msg)
 
@@ -3860,7 +3886,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     make_streams_safe()
     parser = make_parser()
     parser.parse_args(argv, namespace=options)
-    if not all(name.strip() for name in options.supervisor):
+    if not all(map(canonical, options.supervisor)):
         parser.error('--supervisor：名字是空的')
     if options.trace:
         try:
