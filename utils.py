@@ -1172,7 +1172,7 @@ NEARLY = {  # how else people say a command: it is answered, not obeyed
     'status': '(?:状态|进度)(?:怎么样|怎样|如何)了?|进度',
 }
 NUMBER_LIKE = re.compile(
-    r'→|->|[x*/+.-]*\d[!-~]*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+'
+    r'→|->|[x*/+.-]*\d(?:[!-~]|[^\w\s])*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+'
 )
 
 
@@ -1230,7 +1230,7 @@ def lines_of(text: str) -> list:
     """
     if len(text) > QUOTING:
         return []
-    text = text.replace('<br/>', '\n')
+    text = '\n'.join(text.replace('<br/>', '\n').splitlines())  # also U+2028, which phones paste
     if '「' in text:
         text = DASHES.split(text)[-1]  # the last: what is quoted may quote
     if len(text) > LONGEST:
