@@ -2781,7 +2781,7 @@ def draw_code(content: str) -> str:
     """
     code, colours = segno.make(content, error='l'), sys.stdout.isatty()
     if sys.stdout.encoding.lower() not in ('utf-8', 'utf8'):
-        white, black = ('\033[107m  \033[0m', '\033[40m  \033[0m') if colours else ('##', '  ')
+        white, black = ('\033[47m  \033[0m', '\033[40m  \033[0m') if colours else ('##', '  ')
         return '\n'.join(
             ''.join(black if dark else white for dark in row) for row in code.matrix_iter(border=4)
         )
