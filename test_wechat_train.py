@@ -3320,11 +3320,12 @@ def test_an_upload_host_that_fails_holds_up_nobody(wechat, tmp_path, how):
 
 def test_a_text_that_is_refused_for_good_does_not_end_the_mail(wechat, tmp_path):
     """A long one is cut at line ends and numbered; none that is sent is longer than WeChat takes."""
-    usual = wechat.on_webwxsendmsg
+    usual, blank = wechat.on_webwxsendmsg, []
 
     def send(request):
         content = request['Msg'].get('Content', '')
         refused = len(content.encode()) > 2048 or 'poison' in content or not content.strip()
+        blank.append(content.strip() == '')
         return {'BaseResponse': {'Ret': 1201, 'ErrMsg': ''}} if refused else usual(request)
 
     wechat.on_webwxsendmsg = send
@@ -3332,9 +3333,10 @@ def test_a_text_that_is_refused_for_good_does_not_end_the_mail(wechat, tmp_path)
         tmp_path,
         """
         utils.lock_start()
+        utils.chat_send(' \\n')
+        time.sleep(0.5)  # so that it would be sent by itself
         utils.chat_send('\\n'.join(f'line {i} ' + '字' * 30 for i in range(100)))
         utils.chat_send('poison')
-        utils.chat_send(' \\n')
         """,
     )
     with Program(tmp_path, env=wechat.env(), before=GIVING_UP, script=script):
@@ -3349,7 +3351,7 @@ def test_a_text_that_is_refused_for_good_does_not_end_the_mail(wechat, tmp_path)
         assert numbers == [(str(i + 1), numbers[0][1]) for i in range(int(numbers[0][1]))]
         [undelivered] = tmp_path.glob('runs/*/undelivered.txt')
         assert 'poison' in undelivered.read_text('utf-8') and wechat.ask('参数')
-        assert undelivered.read_text('utf-8').count('Ret 1201') == 1
+        assert undelivered.read_text('utf-8').count('Ret 1201') == 1 and not any(blank)
         assert 'lr = 0.1' in wechat.ask('lr 0.1')
 
 
