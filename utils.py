@@ -950,7 +950,7 @@ class People:
         """Let a friend command, at the owner's word; return the answer."""
         friends = itchat.instance.get_friends()[1:]
         with self.guard:
-            person = self.find(friends, as_shown(name, friends))
+            person = self.find(names_of(friends), as_shown(name, friends))
             if person is None:  # or no name was said
                 return f'没有一个好友叫“{name}”，或者不止一个：请写备注名，例如 允许 小波。'
             person.role, person.refused = person.role or 'allowed', False
@@ -987,7 +987,7 @@ class People:
             self.forget()
         memory.write(set_setting('account', account))
         friends = itchat.instance.get_friends()[1:]  # the first is the account itself
-        current = {friend['UserName'] for friend in friends}
+        current, names = {friend['UserName'] for friend in friends}, names_of(friends)
         with self.guard:
             persons = dict.fromkeys([*self.by_key.values(), *self.known.values()])
             self.known = {'filehelper': OWNER}
@@ -996,13 +996,13 @@ class People:
                     self.known[person.user_name] = person
                 elif person is not OWNER:
                     person.user_name = None
-                    self.find(friends, person.name, person)
+                    self.find(names, person.name, person)
             for friend in friends:
                 if friend['UserName'] in self.known:
                     self.meet(friend)
             for name in options.supervisor:
                 if not any(person.called == name for person in self.by_key.values()):
-                    person = self.find(friends, name)  # once: from then on it is the person, whatever
+                    person = self.find(names, name)  # once: from then on it is the person, whatever
                     if person:  # others are called
                         person.role, person.called = 'named', name
                         self.keep(person)
@@ -1011,13 +1011,12 @@ class People:
                     person.role = 'named'
                 self.keep(person)
 
-    def find(self, friends: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
+    def find(self, names: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
         """Return the one friend called `name`, as `person` if given, or say why not. Needs the guard.
 
-        The owner's remarks count before the nicknames, which their bearers choose; who is known is looked for
-        by both, then by the one that the owner sees.
+        `names` are names_of() all friends. The owner's remarks count before the nicknames, which their
+        bearers choose; who is known is looked for by both, then by the one that the owner sees.
         """
-        names = [(canonical(f.get('RemarkName')), canonical(f.get('NickName')), f) for f in friends]
         name, old = canonical(name), person and (canonical(person.remark), canonical(person.nickname))
         if not name:
             return None
@@ -1035,7 +1034,11 @@ class People:
         return None
 
 
-@functools.lru_cache(65536)  # thousands of friends are looked through for each who is known
+def names_of(friends: Iterable) -> list:
+    """Return (remark, nickname, friend) of friends, in the form in which names are compared."""
+    return [(canonical(f.get('RemarkName')), canonical(f.get('NickName')), f) for f in friends]
+
+
 def canonical(name: Optional[str]) -> str:
     """Return a name in the form in which names are compared: WeChat writes some characters in several ways.
 
@@ -1974,13 +1977,19 @@ def limit_headers(manager: Any) -> Any:
     def limited(pool):
         class Connection(pool.ConnectionCls):
             def getresponse(self):
-                end = socket.socket.shutdown, (self.sock, socket.SHUT_RDWR)
-                timer = threading.Timer(options.timeout[1] + 1, *end)
+                sock, cut = getattr(self.sock, 'socket', self.sock), threading.Event()
+
+                def end():
+                    cut.set()
+                    with contextlib.suppress(OSError):
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+                timer = threading.Timer(options.timeout[1] + 1, end)
                 timer.daemon = True
                 timer.start()
                 try:
                     answer = super().getresponse()
-                    if timer.finished.is_set():  # headers that were cut off look like headers that end
+                    if cut.is_set():  # headers that were cut off look like headers that end
                         raise urllib3.exceptions.ProtocolError
                     return answer
                 finally:
@@ -2714,7 +2723,7 @@ class WeChat(itchat.Core, Client):
         chats = msg['FromUserName'] + msg['ToUserName']
         if '@@' in chats or msg['MsgType'] == 51:  # 51: opened on the phone
             return
-        [msg] = produce_msg(self, [{**msg, 'Content': with_emoji(msg['Content'])}])
+        [msg] = produce_msg(self, [{**msg, 'Content': with_emoji(msg.get('Content') or '')}])
         if not self.is_own(msg):
             trainer.take(msg)
 
@@ -5818,10 +5827,6 @@ class Settings:
         own = {'chosen': sorted(self.chosen), 'report_every': self.report_every, 'patience': self.patience}
         return {'values': values, **own}
 
-    def manner(self) -> str:
-        """Return what is not as usual, in words."""
-        return manner_text(self.report_every, self.patience)
-
     def adopt(self, kept: dict) -> None:
         """Go by what was remembered."""
         values = kept.pop('values', {})
@@ -5950,7 +5955,7 @@ class Commands:
 
     def status(self, asked: Asked) -> Any:
         """Say where things stand."""
-        text = f'{run.status()}\n{settings.manner()}'.strip()
+        text = f'{run.status()}\n{manner_text(settings.report_every, settings.patience)}'.strip()
         return text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
 
     def plot(self, asked: Asked) -> Any:
@@ -5989,7 +5994,7 @@ class Commands:
 
     def params(self, asked: Asked) -> str:
         """Say the three values, and what else was set."""
-        return f'{values_now()}\n{settings.manner()}'.strip()
+        return f'{values_now()}\n{manner_text(settings.report_every, settings.patience)}'.strip()
 
     def help(self, asked: Asked) -> str:
         """List the commands."""
