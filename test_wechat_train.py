@@ -1216,6 +1216,8 @@ NEW = [
     ('停止[强]', word('stop')),  # WeChat's own emoji come as words
     ('lr 0.1 [OK][玫瑰]\n开始[捂脸]', [[(LR, '0.1')], ('start', None)]),
     ('[停止]', word('stop')),
+    ('ti 3\u2028开始', [[(TI, '3')], ('start', None)]),  # phones paste such ends of lines
+    ('允许小波', word('allow')),
     ('\n'.join(['状态'] * utils.MOST_LINES), word('status') * utils.MOST_LINES),
 ]
 
@@ -1270,7 +1272,7 @@ def test_complete(text, complete):
     '状态怎么样/进度/进度怎么样了/'
     'lr 0.1 开始/开始 lr 0.1/lr0.1开始/开始lr0.1/ti 5 lr 0.1 开始/lr 0.1,开始/lr x0.5 继续/lr 0.1 start/'
     '停止 状态/开始,停止/开始 停止/报告 5 开始/曲线 2 状态/lr改成0.1/学习率调到 0.05/报告改成 5/'
-    'lr:0.5 → 0.1/lr为0.1'.split('/'),
+    'lr:0.5 → 0.1/lr为0.1/lr 0·1'.split('/'),
 )
 def test_almost_a_command(text):
     parsed = utils.parse(text)
