@@ -177,6 +177,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import requests
 import segno
+import urllib3
 from tqdm import tqdm
 
 os.environ.pop('ITCHAT_UOS_ASYNC', None)  # its asynchronous half is another program
@@ -622,6 +623,7 @@ class Memory:
                 say(f'{self.NAME} 写不了（{error}）：这次的事，程序重新启动就会忘记。')
                 with contextlib.suppress(sqlite3.Error), contextlib.closing(self.read_only()) as file:
                     file.backup(self.db)
+                    self.complete(self.db)
 
     def use_file(self) -> None:
         """Go on in the file, with all that was in memory. Raises OSError, sqlite3.Error."""
@@ -640,8 +642,14 @@ class Memory:
         wal = 'journal_mode = WAL', 'synchronous = NORMAL', 'wal_autocheckpoint = 0'
         for pragma in (*wal, 'temp_store = MEMORY'):  # the last: TMPDIR may have no room
             db.execute('PRAGMA ' + pragma).fetchall()
-        db.executescript(self.TABLES)
+        self.complete(db)
         return db
+
+    def complete(self, db: sqlite3.Connection) -> None:
+        """Make the tables that are not there, and the column that a file of an earlier version lacks."""
+        db.executescript(self.TABLES)
+        with contextlib.suppress(sqlite3.OperationalError):  # it is there
+            db.execute('ALTER TABLE letter ADD COLUMN until REAL')  # when it is no longer worth sending
 
     def read_only(self) -> sqlite3.Connection:
         """Return a connection that only reads the file; without its log where the disk is full."""
@@ -959,7 +967,7 @@ class People:
         """Let a friend command, at the owner's word; return the answer."""
         friends = itchat.instance.get_friends()[1:]
         with self.guard:
-            person = self.find(friends, name)
+            person = self.find(names_of(friends), as_shown(name, friends))
             if person is None:  # or no name was said
                 return f'没有一个好友叫“{name}”，或者不止一个：请写备注名，例如 允许 小波。'
             person.role, person.refused = person.role or 'allowed', False
@@ -996,7 +1004,7 @@ class People:
             self.forget()
         memory.write(set_setting('account', account))
         friends = itchat.instance.get_friends()[1:]  # the first is the account itself
-        current = {friend['UserName'] for friend in friends}
+        current, names = {friend['UserName'] for friend in friends}, names_of(friends)
         with self.guard:
             persons = dict.fromkeys([*self.by_key.values(), *self.known.values()])
             self.known = {'filehelper': OWNER}
@@ -1005,13 +1013,13 @@ class People:
                     self.known[person.user_name] = person
                 elif person is not OWNER:
                     person.user_name = None
-                    self.find(friends, person.name, person)
+                    self.find(names, person.name, person)
             for friend in friends:
                 if friend['UserName'] in self.known:
                     self.meet(friend)
             for name in options.supervisor:
                 if not any(person.called == name for person in self.by_key.values()):
-                    person = self.find(friends, name)  # once: from then on it is the person, whatever
+                    person = self.find(names, name)  # once: from then on it is the person, whatever
                     if person:  # others are called
                         person.role, person.called = 'named', name
                         self.keep(person)
@@ -1020,13 +1028,12 @@ class People:
                     person.role = 'named'
                 self.keep(person)
 
-    def find(self, friends: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
+    def find(self, names: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
         """Return the one friend called `name`, as `person` if given, or say why not. Needs the guard.
 
-        The owner's remarks count before the nicknames, which their bearers choose; who is known is looked for
-        by both, then by the one that the owner sees.
+        `names` are names_of() all friends. The owner's remarks count before the nicknames, which their
+        bearers choose; who is known is looked for by both, then by the one that the owner sees.
         """
-        names = [(canonical(f.get('RemarkName')), canonical(f.get('NickName')), f) for f in friends]
         name, old = canonical(name), person and (canonical(person.remark), canonical(person.nickname))
         if not name:
             return None
@@ -1044,28 +1051,41 @@ class People:
         return None
 
 
+def names_of(friends: Iterable) -> list:
+    """Return (remark, nickname, friend) of friends, in the form in which names are compared."""
+    return [(canonical(f.get('RemarkName')), canonical(f.get('NickName')), f) for f in friends]
+
+
 def canonical(name: Optional[str]) -> str:
     """Return a name in the form in which names are compared: WeChat writes some characters in several ways.
 
     >>> canonical('A&amp;B\\xa0 ') == canonical('Ａ&B'), canonical('猫<span class="emoji emoji1f63b"></span>')
     (True, '猫😍')
     """
-    name = re.sub(r'<span class="emoji emoji([0-9a-f]+)"></span>', emoji, name or '')
-    name = unicodedata.normalize('NFKC', html.unescape(name)).translate(CATS)
+    name = unicodedata.normalize('NFKC', html.unescape(with_emoji(name or ''))).translate(CATS)
     name = ''.join(c for c in name if c == '\u200d' or unicodedata.category(c) not in ('Cf', 'Mn', 'Me'))
     return ' '.join(name.split())
 
 
 CATS = str.maketrans(
     '😼😹😺💫🙍😻😽🙎😿', '😁😂😃😖😔😍😘😡😢'
-)  # itchat takes WeChat's numbers of them for these
+)  # WeChat has the numbers of the former for the latter
 
 
-def emoji(found: re.Match) -> str:
-    """Return the emoji that WeChat has written as an element: of one code point or two, in hexadecimal."""
-    code = found[1]
-    codes = [code[:5], code[5:]] if len(code) == 10 else [code[:2], code[2:]] if len(code) == 6 else [code]
-    return ''.join(chr(int(part, 16)) for part in codes)
+def with_emoji(text: str) -> str:
+    """Return a text in which the elements that WeChat writes for emoji are emoji.
+
+    itchat reads those of one or two code points, and raises at others.
+
+    >>> with_emoji('<span class="emoji emoji3120e3"></span><span class="emoji emoji2764fe0f"></span>')
+    '1⃣❤️'
+    """
+    code = r'[0-9a-f]{2}(?=20e3)|1[0-9a-f]{4}|[0-9a-f]{4}'
+    return re.sub(
+        r'<span class="emoji emoji([0-9a-f]+)"></span>?',
+        lambda found: ''.join(chr(int(part, 16)) for part in re.findall(code, found[1])).translate(CATS),
+        text,
+    )
 
 
 # ------------------------------------------------------------------------------------ what can be said
@@ -1152,8 +1172,8 @@ DASHES = re.compile(r'(?m)^[^\S\n]*(?:[-–—─][^\S\n]*){3,}$')  # between wh
 MENTION = re.compile(r'\A\s*[@＠](?:[^\u2005\n]*\u2005|\S+\s)')  # WeChat puts U+2005 behind the name
 ENDS = '.!?~,;:"\'。、⋯〜·•・–—―─′'  # beside brackets, quotation marks and emoji, which have categories
 PLAIN = str.maketrans(
-    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓‐‑‒–—―−⁄×÷',
-    '开继续状态线线错图记记录参数报静帮学习轮启启-------/x/',
+    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓訓練暫終進結復‐‑‒–—―−⁄×÷',
+    '开继续状态线线错图记记录参数报静帮学习轮启启训练暂终进结复-------/x/',
 )
 
 BETWEEN = r'[\s=:,;、。]'
@@ -1164,7 +1184,16 @@ PAIR = re.compile(  # 学习率 lr = 0.1, lr0.1, lr x 0.5
 )
 COMMA = re.compile(r'((?:lr|learning_rate|学习率)[\s=:]*[x*/]?\s*\d+),(\d+)(?![\d.])')  # lr 0,1
 BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?![a-z_])(.*)')
-NUMBER_LIKE = re.compile(r'[x*/+.-]*\d[!-~]*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+')
+NEARLY = {  # how else people say a command: it is answered, not obeyed
+    'start': '(?:开始|启动|重新|重新开始)训练[吧了]?|starttraining',
+    'stop': '停|停下|停下来|暂停|中止|终止|(?:停止?|暂停|中止|终止|结束)训练[吧了]?|stoptraining|pause',
+    'resume': '(?:继续|恢复|接着)训练[吧了]?|resumetraining',
+    'restart': '重启(?:训练|程序|进程)[吧了]?',
+    'status': '(?:状态|进度)(?:怎么样|怎样|如何)了?|进度',
+}
+NUMBER_LIKE = re.compile(
+    r'→|->|[x*/+.-]*\d(?:[!-~]|[^\w\s])*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+'
+)
 
 
 class Said(NamedTuple):
@@ -1198,18 +1227,19 @@ class Parsed(NamedTuple):
 
 
 def parse(text: str) -> Parsed:
-    """Read a message, line by line; a line of small talk makes all of it small talk.
+    """Read a message, line by line; a line of small talk makes all of it small talk, but for values.
 
     >>> [(said.word, said.number, said.values) for said in parse('“ＬＲ：０。１，ti 5”\\n報告 3！').commands]
     [('set', None, [('learning_rate', '0.1'), ('training_iters', '5')]), ('report', 3, [])]
     >>> parse('开始\\n报告 x\\n停止').almost, parse('开始\\n吃饭')
     ('报告 x', Parsed(commands=[], almost=''))
     """
-    heard = [understand(line) for line in lines_of(text)]
-    if None in heard:
+    lines = lines_of(text)
+    heard = [understand(line) for line in lines]
+    if None in heard and not any(said and said.word == 'set' for said in heard):
         return Parsed([], '')
-    commands = list(itertools.takewhile(lambda said: said.word, heard))
-    return Parsed(commands, next((said.text for said in heard if not said.word), ''))
+    commands = list(itertools.takewhile(lambda said: said and said.word, heard))
+    return Parsed(commands, ''.join(lines[len(commands) :][:1]))
 
 
 def lines_of(text: str) -> list:
@@ -1220,7 +1250,7 @@ def lines_of(text: str) -> list:
     """
     if len(text) > QUOTING:
         return []
-    text = text.replace('<br/>', '\n')
+    text = '\n'.join(text.replace('<br/>', '\n').splitlines())  # also U+2028, which phones paste
     if '「' in text:
         text = DASHES.split(text)[-1]  # the last: what is quoted may quote
     if len(text) > LONGEST:
@@ -1230,6 +1260,7 @@ def lines_of(text: str) -> list:
     text = re.sub('[⁰¹²³⁴-⁹⁻]+', r'^\g<0>', text)  # or 10⁻³ would be 10-3, and 2⁷ 27
     text = unicodedata.normalize('NFKC', text)  # full-width to ASCII
     text = re.sub(r'\n[\s=:,;、]*(?=[x*/×÷+−-]?[.。]?\d)', ' ', text)  # a number belongs to the line above
+    text = re.sub(r'(?<=[^\W_])\s*(?:\[[^]\[\s\d]{1,10}\])+(?=\n|\Z)', '', text)  # [强]: WeChat's own emoji
     lines = [line for line in map(strip_ends, text.split('\n')) if line]
     return lines if len(lines) <= MOST_LINES else []
 
@@ -1251,18 +1282,15 @@ def decorates(c: str) -> bool:
 
 def understand(line: str) -> Optional[Said]:
     """Return the command in a line; without a word when it is almost one, None when it is small talk."""
-    key = re.sub(r'。(?=\d)', '.', line.lower().translate(PLAIN))
-    key = COMMA.sub(r'\1.\2', key)
+    key = key_of(line)
     values = read_pairs(key)
     if values:
         return Said('set', None, values, line)
-    named = re.fullmatch(r'(?:允许|允許|allow)\s+(\S.{,40})', line)
+    named = re.fullmatch(r'(?:允许|允許|allow(?=[\s:]))[\s:]*(\S.{,40})', line)
     if named:
         return Said('allow', None, [named[1]], line)
     found = BEGINNING.fullmatch(key)
-    if not found:
-        return None
-    spelling, rest = found.groups()
+    spelling, rest = found.groups() if found else ('', '')
     if spelling in WORDS:
         word, command = WORDS[spelling], COMMANDS[WORDS[spelling]]
         number = re.fullmatch(r'[\s=:]*(\d{1,6})', rest)
@@ -1270,7 +1298,43 @@ def understand(line: str) -> Optional[Said]:
             return Said(word, int(number[1]), [], line)
         if not rest and (not command.number or command.optional):
             return Said(word, None, [], line)
-    return Said('', None, [], line) if is_attempt(spelling, rest) else None
+    almost = meant_by(key) or is_several(key) or found and is_attempt(spelling, rest)
+    return Said('', None, [], line) if almost else None
+
+
+def key_of(line: str) -> str:
+    """Return a line as it is compared."""
+    return COMMA.sub(r'\1.\2', re.sub(r'。(?=\d)', '.', line.lower().translate(PLAIN)))
+
+
+def meant_by(key: str) -> str:
+    """Return the command that a line says in other words, or ''."""
+    return next((word for word, ways in NEARLY.items() if re.fullmatch(ways, key.replace(' ', ''))), '')
+
+
+def is_several(key: str) -> bool:
+    """Return whether a line is nothing but commands, with values or in Chinese: lines that became one.
+
+    >>> is_several('lr 0.1 开始'), is_several('开始，停止'), is_several('stop help'), is_several('开始 吃饭')
+    (True, True, False, False)
+    """
+    key = re.sub(r'(?<=\d)(?=[^\x00-\x7f])|(?<=[^\x00-\x7f])(?=[a-z])', ' ', key)
+    parts = [part for part in re.split(f'(?:{BETWEEN}|，)+', key) if part]
+    words, others = [part for part in parts if part in WORDS], [part for part in parts if part not in WORDS]
+    numbers = words[1:] and not parts[0].isascii() and all(map(NUMBER_LIKE.fullmatch, others))
+    return bool(words and (numbers or read_pairs(' '.join(others))))
+
+
+def as_shown(name: str, friends: Iterable) -> str:
+    """Return the name that a friend is shown by, if there is one that reads as `name` behind 允许.
+
+    Of the name's own emoji, brackets and full stops a command would lose those at its end.
+    """
+    for friend in friends:
+        shown = friend.get('RemarkName') or friend.get('NickName') or ''
+        if [said.values for said in parse(f'允许 {shown}').commands] == [[name]]:
+            return shown
+    return name
 
 
 def explain(line: str) -> str:
@@ -1279,9 +1343,16 @@ def explain(line: str) -> str:
     >>> explain('报告')
     '“报告”没看懂，没有执行：“报告”后面要有一个数，例如 报告 5。'
     """
-    spelling = BEGINNING.fullmatch(line.lower().translate(PLAIN))[1]
-    how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1] if spelling in NAMES else ''
-    if not how:
+    key, how = key_of(line), ''
+    if meant := meant_by(key):
+        how = f'要{COMMANDS[meant].chinese}就只发“{COMMANDS[meant].chinese}”'
+    elif is_several(key):
+        how = '一行只写一个命令，例如第一行 lr 0.1，第二行 开始'
+    elif (spelling := (BEGINNING.fullmatch(key) or [''] * 2)[1]) in NAMES:
+        how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1]
+    elif spelling not in WORDS:  # beside values
+        how = '一行写一个命令，“帮助”列出全部命令'
+    else:
         command = COMMANDS[WORDS[spelling]]
         example = f'一个数，例如 {command.chinese}{command.number}'
         if command.number and not command.optional:
@@ -1319,13 +1390,18 @@ def is_attempt(spelling: str, rest: str) -> bool:
     >>> is_attempt('stop', ' it'), is_attempt('开始', '吃饭')
     (False, False)
     """
-    rest = re.sub(r'(?<=\d)\s*[轮次张个]$', '', rest)
+    rest = re.sub(r'(?<=\d)\s*[轮次张个]$|^\s*(?:[改调设降升换变减][成为到至]|为|→|->)(?=\s*[\d.])', '', rest)
     parts = [part for part in re.split(f'{BETWEEN}+', rest) if part]
     names = NAMES if spelling in NAMES else ()
     numbers = all(NUMBER_LIKE.fullmatch(part) or part in names for part in parts)
     lone = len(parts) == 1 and parts[0].isascii() and not rest.startswith(parts[0])
     lone = lone and (spelling not in IN_PHRASES or '=' in rest)
     return len(rest) <= 12 and (numbers or lone)
+
+
+def manner_text(report_every: int, patience: int) -> str:
+    """Return what was said of reports and of the end, as it is written, where it is not what is usual."""
+    return '\n'.join([f'报告 {report_every}'] * (report_every != 1) + [f'早停 {patience}'] * (patience != 0))
 
 
 def values_text(lr: float, ti: int, bs: int) -> str:
@@ -1336,16 +1412,23 @@ def values_text(lr: float, ti: int, bs: int) -> str:
 # ------------------------------------------------------------------------------------- outgoing mail
 
 
+LASTS = {  # seconds in which a letter of a kind is worth sending; all others are for ever
+    'notice': 600,  # how things stand: later only the last one is sent, and says from when it is
+    'picture': 3600,  # later a line of text that says where it lies
+}
+
+
 class Letter(NamedTuple):
-    """What is to be sent to somebody: a text, the report after an epoch, or the path of a picture.
+    """What is to be sent to somebody: a text, the report after an epoch, a notice, the path of a picture.
 
     Of reports that have had to wait, `test_acc` says which is the best.
     """
 
     content: str
-    kind: str = 'text'  # 'report', 'picture'
+    kind: str = 'text'  # 'report', 'notice', 'picture'
     test_acc: float = 0.0
     key: int = 0  # in the memory
+    until: float = math.inf  # when it is no longer worth sending, by time.time(): see LASTS
 
     def pieces(self, longest: int) -> list:
         """Return letters of at most so many bytes that say the same, cut at line ends, and numbered.
@@ -1367,9 +1450,16 @@ class Letter(NamedTuple):
         parts = [part for part in parts if part]
         return [self._replace(content=f'（{i}/{len(parts)}）\n{x}') for i, x in enumerate(parts, 1)]
 
+    def is_stale(self) -> bool:
+        """Return whether it is no longer worth sending as it is."""
+        return self.until < time.time()
+
     def text(self) -> str:
         """Return what can be sent, or written down, in any case."""
-        return f'图片没有传上去，在 {shown(self.content)}' if self.kind == 'picture' else self.content
+        if self.kind == 'picture':
+            return f'图片没有传上去，在 {shown(self.content)}'
+        when = f'{local_time(self.until - LASTS[self.kind])}：' if self.is_stale() else ''
+        return when + self.content
 
 
 class Outbox:
@@ -1399,9 +1489,11 @@ class Mail:
 
     def begin(self) -> None:
         """Take up what an earlier program has not sent, and begin to send."""
-        for key, person, kind, content, test_acc in memory.rows('SELECT * FROM letter ORDER BY key'):
+        for person, *letter, until in memory.rows(
+            'SELECT person, content, kind, test_acc, key, until FROM letter ORDER BY key'
+        ):
             person = people.by_key.get(person, OWNER)
-            self.add(person, Letter(content, kind, test_acc, key)).late = True
+            self.add(person, Letter(*letter, until or math.inf)).late = True
         for pictures in (False, True):
             threading.Thread(target=self.deliver, args=(pictures,), name='mail', daemon=True).start()
 
@@ -1409,10 +1501,13 @@ class Mail:
         """Queue (person, letter or text) pairs; return their keys at once. What else is to be remembered of
         what has happened, statements for the memory, is so together with them or not at all."""
         pairs = [(person, x if isinstance(x, Letter) else Letter(x)) for person, x in pairs]
+        pairs = [(person, x) for person, x in pairs if x.content.strip()]  # WeChat takes no empty text
         pairs = [(person, piece) for person, x in pairs for piece in x.pieces(self.LONGEST)]
+        now = time.time()
+        pairs = [(p, x._replace(until=now + LASTS[x.kind]) if x.kind in LASTS else x) for p, x in pairs]
         with self.changed:
-            sql = 'INSERT INTO letter (person, kind, content, test_acc) VALUES (?, ?, ?, ?)'
-            rows = [(sql, person.key, x.kind, printable(x.content), x.test_acc) for person, x in pairs]
+            sql = 'INSERT INTO letter (person, kind, content, test_acc, until) VALUES (?, ?, ?, ?, ?)'
+            rows = [(sql, p.key, x.kind, printable(x.content), x.test_acc, x.until) for p, x in pairs]
             keys = memory.write(*rows, *also)
             for key, (person, letter) in zip(keys, pairs):
                 self.add(person, letter._replace(key=key))
@@ -1464,6 +1559,9 @@ class Mail:
         while True:
             with self.changed:
                 person, outbox = self.next_outbox(pictures)
+                if pictures and outbox.letters[0].is_stale():
+                    self.describe_picture(person, outbox)
+                    continue
                 letter, count = self.next_letter(outbox)
                 keys = [each.key for each in itertools.islice(outbox.letters, count)]
             problem, number = self.send(person, letter)
@@ -1532,10 +1630,12 @@ class Mail:
         return problem, number if person is OWNER else ''
 
     def describe_picture(self, person: Person, outbox: Outbox) -> None:
-        """Put a text in the place of a picture that does not go. Needs `changed`."""
-        letter = outbox.letters[0]
-        self.put((person, letter.text()))
+        """Put a text in the place of a picture that does not go, once in a row. Needs `changed`."""
+        letter, texts = outbox.letters[0], self.outboxes.get((person, False), Outbox())
+        if not texts.letters or texts.letters[-1].content != letter.text():
+            self.put((person, letter.text()))
         self.remove(outbox, [letter.key])
+        self.changed.notify_all()
 
     def give_up(self, person: Person, outbox: Outbox, key: int, problem: str) -> None:
         """Write a text down that was refused five times over ten minutes, if a note of that is not refused:
@@ -1557,29 +1657,32 @@ class Mail:
         if outbox.late and outbox.letters[0].kind != 'picture' and outbox.tries < 3:
             text, count = self.merge(outbox.letters)
             return Letter(text), count
-        return outbox.letters[0], 1
+        letter = outbox.letters[0]
+        return letter if letter.kind == 'picture' else letter._replace(content=letter.text()), 1
 
     def merge(self, letters: Iterable) -> tuple:
         """Return one text for the texts at the head of `letters`, and how many they are.
 
-        When there are more reports than a screenful, the first, the best and the last are in it.
+        When there are more reports than a screenful, the first, the best and the last are in it; of notices
+        that are too old, the last.
         """
         texts = list(itertools.takewhile(lambda letter: letter.kind != 'picture', letters))
         reports = [letter for letter in texts if letter.kind == 'report']
+        stale = [letter.key for letter in texts if letter.is_stale()][:-1]
         kept = reports
         if len(reports) > self.SCREENFUL:
             kept = [reports[0], max(reports, key=lambda report: report.test_acc), reports[-1]]
         merged, left_out, count = [], 0, 0
-        for letter in texts:
+        for number, letter in enumerate(texts, 1):
             if letter.kind == 'report' and not any(letter is other for other in kept):
                 left_out += 1
-            else:
+            elif letter.key not in stale:
                 note = [f'（略去 {left_out} 份报告，都在 log.csv 里）'] if left_out else []
-                if merged and sum(size(x) + 2 for x in (*merged, *note, letter.content)) > self.LONGEST:
+                content = letter.text()
+                if merged and sum(size(x) + 2 for x in (*merged, *note, content)) > self.LONGEST:
                     break
-                merged, left_out = [*merged, *note, letter.content], 0
-            count += 1
-        return '\n\n'.join(merged), count - left_out
+                merged, left_out, count = [*merged, *note, content], 0, number
+        return '\n\n'.join(merged), count
 
 
 PASSING = [f'Ret {code}' for code in (-1, 1205, 1100, 1101, 1102)]  # not the message's own fault
@@ -1853,6 +1956,15 @@ class Adapter(requests.adapters.HTTPAdapter):
         super().__init__()
         self.client = client
 
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, **kwargs)
+        limit_headers(self.poolmanager)
+
+    def proxy_manager_for(self, proxy, **kwargs):
+        known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        return manager if known else limit_headers(manager)
+
     def send(self, request, stream=False, timeout=None, **kwargs):
         name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
         self.client.change_request(name, request)
@@ -1871,6 +1983,40 @@ class Adapter(requests.adapters.HTTPAdapter):
             raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
         self.client.note_answer(response)
         return response
+
+
+def limit_headers(manager: Any) -> Any:
+    """Let a manager of urllib3's make connections that give the headers of an answer a time; return it.
+
+    The time-out of a socket begins anew with every byte. See read_body(), too.
+    """
+
+    def limited(pool):
+        class Connection(pool.ConnectionCls):
+            def getresponse(self):
+                sock, cut = getattr(self.sock, 'socket', self.sock), threading.Event()
+
+                def end():
+                    cut.set()
+                    with contextlib.suppress(OSError):
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+                timer = threading.Timer(options.timeout[1] + 1, end)
+                timer.daemon = True
+                timer.start()
+                try:
+                    answer = super().getresponse()
+                    if cut.is_set():  # headers that were cut off look like headers that end
+                        raise urllib3.exceptions.ProtocolError
+                    return answer
+                finally:
+                    timer.cancel()
+
+        return type('Pool', (pool,), {'ConnectionCls': Connection})
+
+    classes = manager.pool_classes_by_scheme
+    manager.pool_classes_by_scheme = {scheme: limited(pool) for scheme, pool in classes.items()}
+    return manager
 
 
 def causes(error: Optional[BaseException]) -> Iterator:
@@ -1955,7 +2101,7 @@ def listed(answer: dict, name: str) -> list:
 
 
 def moment(value: Any) -> int:
-    """Return a time that the server has written, as a number or as its digits; 0 for anything else."""
+    """Return a number that the server has written, a time say, or its digits; 0 for anything else."""
     return int(value) if re.fullmatch(r'\d{1,10}', str(value)) else 0
 
 
@@ -2061,6 +2207,7 @@ class WeChat(itchat.Core, Client):
     hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
     refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
     unreachable = '连不上微信（{}）{}。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+    most_pages = 200  # of the contacts: who has thousands of friends gets a few
     domains = '.qq.com', '.wechat.com'  # where a login may lead
     busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
 
@@ -2258,11 +2405,7 @@ class WeChat(itchat.Core, Client):
     def show_qr(self, uuid: str, status: str, qrcode: bytes) -> None:
         """Show the state of the login: itchat calls it with the QR code (a PNG) and at every poll."""
         if status == '0':
-            drawing = io.StringIO()
-            segno.make('https://login.weixin.qq.com/l/' + uuid, error='l').terminal(drawing, compact=True)
-            # White on black whatever the terminal's colours are: phones do not read an inverted code.
-            row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
-            print_line('\n'.join(row % line for line in drawing.getvalue().splitlines()))
+            print_line(draw_code('https://login.weixin.qq.com/l/' + uuid))
             picture = itchat.config.DEFAULT_QR
             try:
                 with open(picture, 'wb', opener=functools.partial(os.open, mode=0o600)) as f:
@@ -2310,8 +2453,7 @@ class WeChat(itchat.Core, Client):
         refused = (answer.get('BaseResponse') or {}).get('Ret')
         if refused or not user['UserName'] or not self.move_on(answer):
             raise Refused
-        user['NickName'] = user['NickName'] or ''
-        itchat.utils.emoji_formatter(user, 'NickName')
+        user['NickName'] = html.unescape(with_emoji(user['NickName'] or ''))
         count = moment(answer.get('InviteStartCount'))
         self.loginInfo.update(User=templates.wrap_user_dict(user), InviteStartCount=count)
         self.memberList.append(self.loginInfo['User'])
@@ -2330,13 +2472,13 @@ class WeChat(itchat.Core, Client):
         if not update:
             return super().get_contact()
         url, seq, pause, known = self.loginInfo['url'] + '/webwxgetcontact', 0, 1, set()
-        while True:
+        for _ in range(self.most_pages):
             try:
                 query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
                 answer = read(self.ask(url, params=query))
                 if answer['BaseResponse']['Ret'] != 0:
                     raise requests.RequestException('refused')
-                names, seq = self.note_contacts(answer['MemberList']), answer.get('Seq')
+                names, seq = self.note_contacts(answer['MemberList'] or ()), answer.get('Seq')
                 if not seq or names <= known:
                     return []
                 known |= names
@@ -2346,6 +2488,8 @@ class WeChat(itchat.Core, Client):
                 say('好友名单没有取到，再试。')
                 time.sleep(options.retry * pause)
                 pause *= 2
+        say(f'好友名单没有完：读了 {len(known)} 个就不再读了。')
+        return []
 
     def note_contacts(self, contacts: list) -> set:
         """Note new or changed entries of the contacts, and return whose; groups are of no interest.
@@ -2366,10 +2510,9 @@ class WeChat(itchat.Core, Client):
 
     def note_contact(self, friend: dict, known: dict) -> dict:
         """Note an entry of the contacts; `known` are those by UserName. Needs itchat's lock."""
-        friend = {'VerifyFlag': 0, **friend}
+        friend = {**friend, 'VerifyFlag': moment(friend.get('VerifyFlag'))}
         for name in ('NickName', 'RemarkName', 'DisplayName'):
-            friend[name] = friend.get(name) or ''
-            itchat.utils.emoji_formatter(friend, name)
+            friend[name] = html.unescape(with_emoji(friend.get(name) or ''))
         if friend['UserName'] in known:
             itchat.utils.update_info_dict(known[friend['UserName']], friend)
         else:
@@ -2597,7 +2740,7 @@ class WeChat(itchat.Core, Client):
         chats = msg['FromUserName'] + msg['ToUserName']
         if '@@' in chats or msg['MsgType'] == 51:  # 51: opened on the phone
             return
-        [msg] = produce_msg(self, [msg])
+        [msg] = produce_msg(self, [{**msg, 'Content': with_emoji(msg.get('Content') or '')}])
         if not self.is_own(msg):
             trainer.take(msg)
 
@@ -2655,6 +2798,23 @@ class WeChat(itchat.Core, Client):
         """Note the time in an answer, which some servers tell."""
         with contextlib.suppress(KeyError, TypeError, ValueError):
             self.note_time(int(email.utils.parsedate_to_datetime(response.headers['Date']).timestamp()))
+
+
+def draw_code(content: str) -> str:
+    """Return a QR code for the terminal; in ASCII, twice as large, where the encoding may lack blocks.
+
+    It is white on black whatever the terminal's colours are: phones do not read an inverted code.
+    """
+    code, colours = segno.make(content, error='l'), sys.stdout.isatty()
+    if sys.stdout.encoding.lower() not in ('utf-8', 'utf8'):
+        white, black = ('\033[47m  \033[0m', '\033[40m  \033[0m') if colours else ('##', '  ')
+        return '\n'.join(
+            ''.join(black if dark else white for dark in row) for row in code.matrix_iter(border=4)
+        )
+    drawing = io.StringIO()
+    code.terminal(drawing, compact=True)
+    row = '\033[97;40m%s\033[0m' if colours else '%s'
+    return '\n'.join(row % line for line in drawing.getvalue().splitlines())
 
 
 def set_damaged_session_aside(path: str) -> None:
@@ -3299,7 +3459,8 @@ class Trainer:
 
     def values(self) -> str:
         """Return the three values for the next run, in words."""
-        return values_text(*{**self.told.get('values', {}), **memory.get('values', {})}.values())
+        values = values_text(*{**self.told.get('values', {}), **memory.get('values', {})}.values())
+        return f'{values}\n{manner_text(memory.get("report_every", 1), memory.get("patience", 0))}'.strip()
 
     # -- what the training process says
 
@@ -3434,8 +3595,8 @@ class Trainer:
 
     # -- what is told without being asked
 
-    def tell(self, text: str, key: Optional[int]) -> None:
-        """Send a text to the one who started the run and to the supervisors."""
+    def tell(self, text: Any, key: Optional[int]) -> None:
+        """Send a text or a Letter to the one who started the run and to the supervisors."""
         mail.put(*((person, text) for person in people.audience(key)))
 
     def watch(self) -> None:
@@ -3449,7 +3610,7 @@ class Trainer:
             with self.guard:
                 text = self.news() if self.state is State.READY else ''
                 if text:
-                    self.tell(text, self.run.get('person'))
+                    self.tell(Letter(text, 'notice'), self.run.get('person'))
                 self.tell_unanswered()
 
     def tell_unanswered(self) -> None:
@@ -3459,7 +3620,7 @@ class Trainer:
                 order = self.orders[number]
                 text = f'训练的进程 {self.PATIENCE} 秒没有回答“{order.text.strip()[:20]}”；'
                 text += '它要是卡住了，发“重启”。'
-                mail.put((order.person, text))
+                mail.put((order.person, Letter(text, 'notice')))
                 self.sent[number] = math.inf
                 self.guard.notify_all()
 
@@ -3680,7 +3841,8 @@ class Countdown:
 
     def start(self, person: Optional[int]) -> None:
         """Announce the command and let it run when nobody says 取消."""
-        trainer.tell(f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。', person)
+        text = f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。'
+        trainer.tell(Letter(text, 'notice'), person)
         with self.guard:
             self.cancelled = threading.Event()
             arguments = self.cancelled, person
@@ -3881,7 +4043,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     make_streams_safe()
     parser = make_parser()
     parser.parse_args(argv, namespace=options)
-    if not all(name.strip() for name in options.supervisor):
+    if not all(map(canonical, options.supervisor)):
         parser.error('--supervisor：名字是空的')
     if options.trace:
         try:
@@ -6430,7 +6592,7 @@ class Commands:
 
     def status(self, asked: Asked) -> Any:
         """Say where things stand."""
-        text = run.status()
+        text = f'{run.status()}\n{manner_text(settings.report_every, settings.patience)}'.strip()
         return text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
 
     def plot(self, asked: Asked) -> Any:
@@ -6465,8 +6627,8 @@ class Commands:
         return asked.known
 
     def params(self, asked: Asked) -> str:
-        """Say the three values."""
-        return values_now()
+        """Say the three values, and what else was set."""
+        return f'{values_now()}\n{manner_text(settings.report_every, settings.patience)}'.strip()
 
     def help(self, asked: Asked) -> str:
         """List the commands."""
