@@ -5318,6 +5318,232 @@ def test_what_is_told_of_any_run_is_what_a_simple_model_says(part, tmp_path):
                 time.sleep(0.01)
 
 
+# ------------------------------------------------------------- scripts of other people, as they write them
+
+HOLDING = """
+held = 0
+
+def holding(function):  # the second run waits in its middle for 停止
+    def wrapped(*args):
+        global held
+        held += 1
+        if held == HOLD:
+            print('HELD', flush=True)
+            while utils.running:
+                time.sleep(0.01)
+        return function(*args)
+    return wrapped
+
+utils.batch_loss = holding(utils.batch_loss)
+"""
+
+REGRESSION = """
+from mxnet import autograd, gluon, init, nd
+from mxnet.gluon import nn
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    features = nd.random.normal(shape=(64, 2))
+    labels = nd.dot(features, nd.array([[2], [-3.4]])) + 4.2
+    dataset = gluon.data.ArrayDataset(features, labels)
+    train_data = gluon.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=1)
+    net = nn.Dense(1)
+    net.initialize(init.Normal(0.01))
+    square_loss = gluon.loss.L2Loss()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})
+    utils.best_by('rmse', lower=True)
+    epoch, train_loss, _ = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for data, label in utils.progress(train_data):
+            trainer.set_learning_rate(utils.params()[0])
+            with autograd.record():
+                loss = square_loss(net(data), label)
+            loss.backward()
+            trainer.step(data.shape[0])
+            train_loss += utils.batch_loss(loss)
+        rmse = ((net(features) - labels) ** 2).mean().sqrt().asscalar()
+        utils.chat_inf(wechat_name, epoch, train_loss, None, train_data, None, rmse=rmse)
+        epoch, train_loss, _ = utils.save_checkpoint(net, trainer, epoch, train_loss, 0)
+    utils.lock_end(wechat_name)
+"""
+
+GAN = """
+from mxnet import autograd, gluon, init, nd
+from mxnet.gluon import nn
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    X = nd.dot(nd.random.normal(shape=(64, 2)), nd.array([[1, 2], [-0.1, 0.5]])) + nd.array([1, 2])
+    train_data = gluon.data.DataLoader(gluon.data.ArrayDataset(X), batch_size, shuffle=True)
+    net_G = nn.Sequential()
+    net_G.add(nn.Dense(2))
+    net_D = nn.Sequential()
+    net_D.add(nn.Dense(5, activation='tanh'), nn.Dense(3, activation='tanh'), nn.Dense(1))
+    for net in (net_G, net_D):
+        net.initialize(init.Normal(0.02), force_reinit=True)
+    loss = gluon.loss.SigmoidBCELoss()
+    trainer_G = gluon.Trainer(net_G.collect_params(), 'adam', {'learning_rate': learning_rate / 10})
+    trainer_D = gluon.Trainer(net_D.collect_params(), 'adam', {'learning_rate': learning_rate})
+    average = {'generator': None}
+    nets, trainers = [net_G, net_D], [trainer_G, trainer_D]
+    epoch, loss_D, _ = utils.load_checkpoint(nets, trainers, average)
+    print('AVERAGE', average['generator'], flush=True)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for X in utils.progress(train_data):
+            n = X.shape[0]
+            Z = nd.random.normal(0, 1, shape=(n, 2))
+            with autograd.record():
+                fake = net_G(Z)
+                l_D = (loss(net_D(X), nd.ones((n,))) + loss(net_D(fake.detach()), nd.zeros((n,)))) / 2
+            l_D.backward()
+            trainer_D.step(n)
+            with autograd.record():
+                l_G = loss(net_D(net_G(Z)), nd.ones((n,)))
+            l_G.backward()
+            trainer_G.step(n)
+            loss_D += utils.batch_loss(l_D)
+            weight = net_G[0].weight.data()
+            average['generator'] = weight if average['generator'] is None else (average['generator'] + weight) / 2
+        utils.chat_inf(wechat_name, epoch, loss_D, None, train_data)
+        epoch, loss_D, _ = utils.save_checkpoint(nets, trainers, epoch, loss_D, 0, average)
+    utils.lock_end(wechat_name)
+"""
+
+SCHEDULED = """
+from mxnet import autograd, gluon, lr_scheduler, nd
+from mxnet.gluon import nn
+
+def train_epoch(net, loss, trainer, train_data, sums):
+    for data, label in utils.progress(train_data):
+        trainer.optimizer.wd = utils.chat_param('wd', 1e-4)
+        with autograd.record():
+            output = net(data)
+            l = loss(output, label)
+        l.backward()
+        trainer.step(data.shape[0])
+        sums[0] += utils.batch_loss(l)
+        sums[1] += utils.accuracy(output, label)
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    X = nd.random.normal(shape=(96, 4))
+    y = (X.sum(axis=1) > 0).reshape((-1, 1))  # labels of shape (N, 1)
+    parts = [gluon.data.ArrayDataset(X[i : i + 32], y[i : i + 32]) for i in (0, 32, 64)]
+    train_data = gluon.data.DataLoader(parts[0], batch_size, shuffle=True)
+    valid, unseen = (gluon.data.DataLoader(part, 32) for part in parts[1:])
+    net = nn.HybridSequential()
+    net.add(nn.Dense(8, activation='relu'), nn.Dropout(0.1), nn.Dense(2))
+    net.initialize()
+    net.hybridize()
+    scheduler = lr_scheduler.FactorScheduler(step=5, factor=0.5, base_lr=learning_rate)
+    how = {'learning_rate': learning_rate, 'lr_scheduler': scheduler}
+    trainer = gluon.Trainer(net.collect_params(), 'adam', how)
+    loss = gluon.loss.SoftmaxCrossEntropyLoss()
+    epoch, *sums = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        train_epoch(net, loss, trainer, train_data, sums)
+        test_acc = utils.evaluate_accuracy(valid, net)
+        numbers = {'unseen': utils.evaluate_accuracy(unseen, net)}
+        utils.chat_inf(wechat_name, epoch, *sums, train_data, test_acc, **numbers)
+        epoch, *sums = utils.save_checkpoint(net, trainer, epoch, *sums)
+    utils.lock_end(wechat_name)
+"""
+
+ESTIMATOR = """
+import mxnet as mx
+from mxnet import gluon, nd
+from mxnet.gluon import nn
+from mxnet.gluon.contrib.estimator import estimator
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    X = nd.random.normal(shape=(96, 4))
+    y = X.sum(axis=1) > 0
+    train_data = gluon.data.DataLoader(gluon.data.ArrayDataset(X[:64], y[:64]), batch_size, shuffle=True)
+    val_data = gluon.data.DataLoader(gluon.data.ArrayDataset(X[64:], y[64:]), batch_size)
+    net = nn.Sequential()
+    net.add(nn.Dense(8, activation='relu'), nn.Dense(2))
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})
+    est = estimator.Estimator(net, gluon.loss.SoftmaxCrossEntropyLoss(), mx.metric.Accuracy(), trainer=trainer)
+    est.logger.setLevel('ERROR')
+    est.fit(train_data, val_data, epochs=training_iters, event_handlers=[utils.ChatHandler(wechat_name)])
+"""
+
+
+@pytest.mark.parametrize('name', ['REGRESSION', 'GAN', 'SCHEDULED', 'ESTIMATOR'])
+def test_scripts_as_people_write_them(name, wechat, tmp_path):
+    """A run, one that is stopped in its middle and gone on with: equal to the bit; a value, 状态, 回退, 曲线."""
+    script, batches = tmp_path / 'theirs.py', 4
+    head = f'import utils, itchat, os, sys, threading, time\nHOLD = {3 * batches + batches + 2}\n{HOLDING}'
+    script.write_text(head + globals()[name] + MAIN)
+    with Program(tmp_path, env=wechat.env(), script=str(script)) as program:
+        wechat.ready()
+        wechat.ask({'SCHEDULED': 'ti 3 bs 8', 'GAN': 'ti 3 bs 16 lr 0.05'}.get(name, 'ti 3 bs 16 lr 0.1'))
+        for word, end in (('开始', '训练完成'), ('开始', '训练已停止'), ('继续', '训练完成')):
+            since = len(wechat.heard())
+            assert word in wechat.ask(word)
+            if end == '训练已停止':
+                program.wait_output('HELD')
+                assert '第 2 轮到第 1/4 批' in wechat.ask('状态')
+                wechat.ask('停止')
+            told = wechat.wait_text(end, since=since)
+            wechat.wait_picture(since=since)
+        assert '完成 3/3 轮' in told
+        whole, broken = [read_parts(path / 'last.zip') for path in sorted(tmp_path.glob('runs/*'))]
+        assert whole.keys() == broken.keys()
+        assert all(np.array_equal(whole[key], broken[key]) for key in whole), program.output()
+        SEEN_AT_THE_END[name](wechat, program, told)
+        assert '回到了第' in wechat.ask('回退')
+        since = len(wechat.heard())
+        wechat.says('B', '曲线 2')
+        wechat.wait_picture(since=since)
+
+
+def read_parts(path):
+    """Return all arrays of all networks in a checkpoint, and those of what else it keeps."""
+    found, folder = {}, path.parent / 'unpacked'
+    with zipfile.ZipFile(path) as checkpoint:
+        checkpoint.extractall(folder)
+    for part in sorted(folder.glob('*.params')):
+        found.update({(part.name, key): value.asnumpy() for key, value in nd.load(str(part)).items()})
+    with np.load(folder / 'extra.npz') as arrays:
+        found.update({('extra', key): arrays[key] for key in arrays})
+    return found
+
+
+def see_regression(wechat, program, told):
+    report = [text for text in wechat.heard() if str(text).startswith('第 3/3 轮')][0]
+    assert re.fullmatch(r'第 3/3 轮\n损失 \S+\nrmse \S+\n用时 .*', report)
+    assert re.search(r'最好的rmse \S+（第 3 轮）', told) and '精度' not in told + wechat.ask('状态')
+
+
+def see_gan(wechat, program, told):
+    assert program.output().count('AVERAGE None') == 2 and 'AVERAGE \n[[' in program.output()
+    assert '不在检查点里' not in ''.join(filter(lambda text: isinstance(text, str), wechat.heard()))
+
+
+def see_scheduled(wechat, program, told):
+    rates = [re.search('学习率 (.*)', text)[1] for text in wechat.heard() if str(text).startswith('第 ')]
+    assert rates == ['0.5', '0.25', '0.125'] * 2  # four batches an epoch, half after five
+    assert 'unseen' in wechat.ask('状态') and 'wd = 0.0001' in wechat.ask('参数')
+    assert 'wd 0.0001：训练函数自己的值' in wechat.ask('帮助')
+    assert 'wd = 0.01' in wechat.ask('wd 0.01') and '不行：wd 要是不小于 0 的数' in wechat.ask('wd -1')
+
+
+def see_estimator(wechat, program, told):
+    report = [text for text in wechat.heard() if str(text).startswith('第 3/3 轮')][0]
+    assert re.fullmatch(r'第 3/3 轮\n损失 \S+\n训练精度 \S+\n测试精度 \S+\n用时 .*', report)
+
+
+SEEN_AT_THE_END = {
+    'REGRESSION': see_regression,
+    'GAN': see_gan,
+    'SCHEDULED': see_scheduled,
+    'ESTIMATOR': see_estimator,
+}
+
+
 # ----------------------------------------------------------------------------------------- its files
 
 

@@ -1135,6 +1135,33 @@ HELP = '\n'.join(
     + ['【设值】', 'lr 0.1：学习率，也可以 lr x0.5、lr /2', 'ti 5：训练几轮', 'bs 128：每批几张']
 )
 
+own_params = {}  # what the running script lets set besides: name -> kind, smallest, largest, default
+
+
+def help_text() -> str:
+    """Return what 帮助 says."""
+    own = [f'{name} {default:g}：训练函数自己的值' for name, (*_, default) in own_params.items()]
+    return '\n'.join([HELP, *own])
+
+
+def limits_of(name: str) -> tuple:
+    """Return type, smallest, largest, and what to write in Chinese."""
+    if name in LIMITS:
+        return LIMITS[name]
+    kind, smallest, largest, default = own_params[name]
+    what = '整数' if kind == 'int' else '数'
+    between = [f'不小于 {smallest:g}'] * (smallest > -math.inf) + [f'不大于 {largest:g}'] * (
+        largest < math.inf
+    )
+    limits = '、'.join(between)
+    return (
+        (int if kind == 'int' else float),
+        smallest,
+        largest,
+        f'{name} 要是{limits}的{what}，例如 {name} {default:g}',
+    )
+
+
 LIMITS = {  # type, smallest, largest, what to write in Chinese
     'learning_rate': (float, 1e-9, 100, '学习率要大于 0、不超过 100，例如 lr 0.1'),
     'training_iters': (int, 1, 100000, '轮数要是 1 到 100000 的整数，例如 ti 5'),
@@ -1147,9 +1174,10 @@ def read_value(name: str, text: str, now: float = 0) -> Any:
 
     A learning rate may be relative to the one `now`: x0.5, *0.5, /2.
     """
-    kind, smallest, largest, allowed = LIMITS[name]
-    number = r'\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
-    sign, rest = (text[:1], text[1:]) if kind is float and text[:1] in ('x', '*', '/') else ('', text)
+    kind, smallest, largest, allowed = limits_of(name)
+    number = r'[+-]?\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
+    relative = name == 'learning_rate' and text[:1] in ('x', '*', '/')
+    sign, rest = (text[:1], text[1:]) if relative else ('', text)
     if re.fullmatch(number, rest):
         value = kind(rest)
         if sign:
@@ -1182,6 +1210,7 @@ PAIR = re.compile(  # 学习率 lr = 0.1, lr0.1, lr x 0.5
     rf'(?:({NAME})\s*(?={NAME}))?({NAME})(?:({BETWEEN}+)|(?=(?:[x*/]\s*)?\.?\d))'
     rf'((?:[x*/]\s*)?[^\s=:,;、。]+){BETWEEN}*'
 )
+OWN_PAIR = re.compile(rf'([a-z][a-z_0-9]*)(?:{BETWEEN}+|(?=-))([+-]?\.?\d[\d.e+-]*){BETWEEN}*')  # wd 0.001
 COMMA = re.compile(r'((?:lr|learning_rate|学习率)[\s=:]*[x*/]?\s*\d+),(\d+)(?![\d.])')  # lr 0,1
 BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?![a-z_])(.*)')
 NEARLY = {  # how else people say a command: it is answered, not obeyed
@@ -1371,6 +1400,11 @@ def read_pairs(key: str) -> list:
     pairs, at = [], 0
     while at < len(key):
         found = PAIR.match(key, at)
+        own = OWN_PAIR.match(key, at)
+        if own and own[1] in own_params:
+            pairs.append((own[1], own[2]))
+            at = own.end()
+            continue
         if not found:
             return []
         first, name, between, text = found.groups()
@@ -1404,9 +1438,10 @@ def manner_text(report_every: int, patience: int) -> str:
     return '\n'.join([f'报告 {report_every}'] * (report_every != 1) + [f'早停 {patience}'] * (patience != 0))
 
 
-def values_text(lr: float, ti: int, bs: int) -> str:
-    """Return the three values in words."""
-    return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}'
+def values_text(lr: float, ti: int, bs: int, own: Optional[dict] = None) -> str:
+    """Return the three values in words, and those of the training function's own."""
+    more = ''.join(f'\n{name} = {value:g}' for name, value in (own or {}).items())
+    return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}{more}'
 
 
 # ------------------------------------------------------------------------------------- outgoing mail
@@ -3108,6 +3143,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Remember the last run and what was not answered: of an earlier program in this folder."""
+        own_params.update(memory.get('own_params', {}))
         look_for_runs()
         self.run = {**self.run, **next(iter(known_runs(1)), {})}
         self.gone = memory.get('alive')
@@ -3405,7 +3441,7 @@ class Trainer:
         if said.word == 'plot' and said.number and not folder_of_run(said.number):
             return f'记录里只有 {len(listed_runs())} 次训练。'
         if self.state is State.GONE and said.word in ('params', 'help'):
-            return self.values() if said.word == 'params' else HELP
+            return self.values() if said.word == 'params' else help_text()
         return ''
 
     def hand_over(self, order: Order) -> None:
@@ -3484,10 +3520,11 @@ class Trainer:
 
     def let_in(self) -> None:
         """Tell it that there is a session, and what it has to know."""
-        names = 'values', 'chosen', 'report_every', 'patience'
+        names = 'values', 'chosen', 'report_every', 'patience', 'own'
         settings = {name: value for name in names if (value := memory.get(name)) is not None}
         folders = [(run['number'], run['folder']) for run in known_runs() if run.get('folder')]
-        self.line.send('logged_in', settings=settings, last=self.run.get('number', 0), folders=folders)
+        last = self.run.get('number', 0)
+        self.line.send('logged_in', settings=settings, last=last, folders=folders, params=own_params)
 
     def do_run(self, commands: bool, handlers: dict, values: dict, offer: str) -> None:
         """It calls run(): it is ready for commands and messages; what an earlier one left is to be done."""
@@ -3583,6 +3620,11 @@ class Trainer:
                 self.is_over(0, 0, ())
             else:
                 self.kill_later()
+
+    def do_params(self, params: dict) -> None:
+        """The training function lets further values be set."""
+        own_params.update(params)
+        memory.write(set_setting('own_params', own_params))
 
     def do_progress(self) -> None:
         """It has got somewhere: what comes is not the death before once more."""
@@ -4030,6 +4072,7 @@ with waiting_for('正在载入 MXNet'):
 import mxnet as mx
 from mxnet import nd
 from mxnet.gluon import nn
+from mxnet.gluon.contrib import estimator
 
 # --------------------------------------------------------------------------------- the command line
 
@@ -4712,7 +4755,7 @@ class Team(mx.kvstore.KVStoreBase):
         self.children = {}  # name -> process on this machine
         self.ready, self.over = threading.Event(), threading.Event()
         self.kv, self.keys, self.silences = None, set(), 0  # the last: how many, in a row
-        self.agreed = None  # what Run.now() returns in all of them
+        self.agreed = None  # in all of them: running, learning rate, epochs, chat_param()'s values, Run.scale
         self.images, self.loss = None, None  # of the batch: how many in all; this one's part of its loss
 
     # -- until all are there
@@ -4772,7 +4815,7 @@ class Team(mx.kvstore.KVStoreBase):
                     return False
         if self.leads:
             content = read_private(this_run.checkpoint) if this_run.resumed is not None else b''
-            self.agreed = True, this_run.learning_rate, this_run.training_iters
+            self.agreed = True, this_run.learning_rate, this_run.training_iters, settings.own, this_run.scale
             about = this_run.seed, this_run.batch_size, this_run.person.name[:20]
             self.exchange((self.size, self.agreed, *about, len(content)))
             self.share(content)
@@ -4801,7 +4844,7 @@ class Team(mx.kvstore.KVStoreBase):
         if self.size == 1:
             return sums
         with lock:
-            words = running, run.learning_rate, run.training_iters
+            words = running, run.learning_rate, run.training_iters, settings.own, run.scale
         self.agreed, sums = self.exchange(words, sums)
         return sums
 
@@ -5181,7 +5224,10 @@ def best_by(name: str, lower: bool = False) -> None:
     `lower`: the smaller the better. 最好, 早停, 回退 and ★ go by it. To be called once, before the loop.
     """
     with lock:
-        run.history.decide_by(name, lower)
+        if run.busy:
+            run.history.decide_by(name, lower)
+        else:
+            settings.best_by = name, lower
 
 
 def chat_inf(
@@ -5221,12 +5267,15 @@ def chat_inf(
     run.write_log()
 
 
-def load_checkpoint(net: Any, trainer: Any) -> tuple:
+def load_checkpoint(net: Any, trainer: Any, extra: Optional[dict] = None) -> tuple:
     """Return the epoch to go on with, which counts from 1, and the sums of loss and accuracy in it so far.
 
-    That is 1, 0, 0, unless a person has said 继续: then net and trainer become what they were, and the
-    learning rate is the one that was announced.
+    That is 1, 0, 0, unless a person has said 继续: then `net` and `trainer`, each one or a list of several,
+    become what they were, `extra` what save_checkpoint() was given, and the learning rate is the one that was
+    announced, where no scheduler decides. Raises RuntimeError when the checkpoint has another number of them.
     """
+    nets, trainers = as_list(net), as_list(trainer)
+    run.keepers = {id(each) for each in trainers}
     state = run.resumed
     if state is None:
         return 1, 0, 0
@@ -5235,22 +5284,38 @@ def load_checkpoint(net: Any, trainer: Any) -> tuple:
     with unpacked as folder, open_private(run.checkpoint) as f:
         with zipfile.ZipFile(f) as checkpoint:
             checkpoint.extractall(folder)
-        net.load_parameters(os.path.join(folder, 'net.params'), ctx=try_gpu())
-        trainer.load_states(os.path.join(folder, 'trainer.states'))
+        kept = [
+            len(glob.glob(os.path.join(glob.escape(folder), f'*.{kind}'))) for kind in ('params', 'states')
+        ]
+        if kept != [len(nets), len(trainers)]:
+            raise RuntimeError('检查点里有 %d 个网络、%d 个 Trainer，和这个训练函数的不一样' % tuple(kept))
+        for path, each in zip(part_names(folder, 'net.params'), nets):
+            each.load_parameters(path, ctx=try_gpu())
+        for path, each in zip(part_names(folder, 'trainer.states'), trainers):
+            each.load_states(path)
+        if extra is not None:
+            extra.update(read_extra(folder))
     with lock:
         learning_rate = run.now()[1]
         run.loaded = True
-    trainer.set_learning_rate(learning_rate)
+    for each in trainers:
+        if each.optimizer.lr_scheduler is None and len(trainers) == 1:
+            each.set_learning_rate(learning_rate)
     return (state['epoch'], *own_sums(state))
 
 
-def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_acc: Any) -> tuple:
+def save_checkpoint(
+    net: Any, trainer: Any, epoch: int, train_loss: Any, train_acc: Any, extra: Optional[dict] = None
+) -> tuple:
     """Keep what 继续 needs; return the epoch to go on with and the sums in it so far, as load_checkpoint().
 
-    After a whole epoch that is epoch + 1, 0, 0; after one that 停止 cut short, what was given. A failure (a
-    full disk) is told, and the training goes on: the checkpoint before stays whole.
-    Raises FloatingPointError, and keeps the checkpoint before, when a parameter is not finite.
+    `net` and `trainer` are one each, or lists of several; `extra` is what else is to be kept, by name:
+    numbers, texts, lists, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0, 0; after one
+    that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes on: the
+    checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before, when a
+    parameter is not finite.
     """
+    nets = as_list(net)
     with run.during(Phase.SAVING):
         with lock:
             here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
@@ -5262,15 +5327,16 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
             state['row'] = row and row.number
         if team.size > 1:
             add_sums(state)
-        even_out(net)
+        for each in nets:
+            even_out(each)
         if not state['epochs'] and not state['batch']:
             return here  # nothing has been learned yet
-        for name, parameter in net.collect_params().items():
+        for name, parameter in [pair for each in nets for pair in each.collect_params().items()]:
             if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
                 raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
         if is_best:
-            run.write('best.params', '最好的网络', net.save_parameters)
-        kept = net, trainer, state, losses, log
+            run.write('best.params', '最好的网络', nets[0].save_parameters)
+        kept = nets, as_list(trainer), state, losses, log, extra
         path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, *kept))
         if path and is_best:
             run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
@@ -5279,6 +5345,51 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
                 run.checkpoint = path
                 run.tell(checkpoint=path, kept=run.how_far())
     return here
+
+
+def as_list(value: Any) -> list:
+    """Return the elements of a list or tuple, or the value alone."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def part_names(folder: str, name: str) -> Iterator:
+    """Yield the names of the files for several of a kind: net.params, net-2.params and so on."""
+    yield os.path.join(folder, name)
+    for number in itertools.count(2):
+        yield os.path.join(folder, f'-{number}'.join(os.path.splitext(name)))
+
+
+def chat_param(name: str, default: Any, smallest: Any = None, largest: Any = None) -> Any:
+    """Return a value of the training function's own that can be set by chat, `name 0.001`, as it stands.
+
+    It is `default`, an int or a float, until a person sets it; a checkpoint keeps it. To be called where the
+    value is used, for each batch or epoch. A default that is not negative makes 0 the `smallest`.
+    Raises ValueError for a name that cannot be one, TypeError for another kind of value.
+    """
+    if own_params.get(name, (None,) * 4)[3] != default:
+        declare(name, default, smallest, largest)
+    with lock:
+        own = team.agreed[3] if team.agreed else settings.own
+        value = own.get(name, run.own.get(name, default))
+        if run.own.get(name, value) != value:
+            run.marks.append((run.epochs_done(), f'{name} {value:g}'))
+        run.own[name] = value
+        return value
+
+
+def declare(name: str, default: Any, smallest: Any, largest: Any) -> None:
+    """Let a value be set by chat, and the talking process know of it."""
+    if not re.fullmatch(r'[a-z][a-z_0-9]{0,19}', name) or name in WORDS or name in NAMES:
+        raise ValueError(
+            f'chat_param：“{name}”不能当名字，要用小写字母、数字和 _，不能和命令、lr、ti、bs 相同'
+        )
+    if isinstance(default, bool) or not isinstance(default, (int, float)):
+        raise TypeError(f'chat_param：{name} 的初值要是 int 或 float')
+    lowest = 0 if default >= 0 else -math.inf
+    kind = 'int' if isinstance(default, int) else 'float'
+    limits = lowest if smallest is None else smallest, math.inf if largest is None else largest
+    own_params[name] = (kind, *limits, default)
+    itchat.instance.report('params', params=own_params)
 
 
 def lock_end(wechat_name: str) -> None:
@@ -5294,6 +5405,93 @@ def chat_send(text: str) -> None:
     """Send `text` to the one who started the run and to the supervisors; returns at once."""
     with lock:
         run.tell(text)
+
+
+class ChatHandler(
+    estimator.TrainBegin, estimator.EpochBegin, estimator.BatchBegin, estimator.BatchEnd, estimator.EpochEnd
+):
+    """Lets an Estimator's fit() inside nn_train be watched and steered like a training loop.
+
+    est.fit(train_data, val_data, epochs=params[1], event_handlers=[utils.ChatHandler(wechat_name)]) reports
+    every epoch with all metrics, takes lr and ti by chat, ends at 停止, and is saved and gone on with in the
+    middle of an epoch. Called by fit(), in the training thread.
+    """
+
+    priority = -1  # after the step and the metrics (-2000, -1000), before the Estimator's own StoppingHandler
+
+    def __init__(self, wechat_name: str):
+        self.wechat_name = wechat_name
+        self.epoch, self.loss, self.acc = 1, 0, 0
+
+    def train_begin(self, estimator: Any, *args, **kwargs) -> None:
+        """Take up a checkpoint; from now on the loader's batches are counted, and ti decides the end."""
+        self.epoch, self.loss, self.acc = load_checkpoint(estimator.net, estimator.trainer)
+        loader = sys._getframe(1).f_locals['train_data']  # fit() gives it to no handler
+        kind = type(loader)
+
+        class Counted(kind):
+            def __iter__(self):
+                return progress(SizedIterable(len(self), lambda: kind.__iter__(self)), train=True)
+
+        loader.__class__ = Counted
+        if estimator.max_epoch and estimator.max_epoch != params()[1]:
+            with lock:
+                run.training_iters = estimator.max_epoch
+        if estimator.max_epoch:
+            estimator.max_epoch = None  # before the StoppingHandler sees it
+
+    def epoch_begin(self, estimator: Any, *args, **kwargs) -> None:
+        """An epoch begins."""
+        lock_start()
+
+    def batch_begin(self, estimator: Any, *args, **kwargs) -> None:
+        """Let a new learning rate count, where no scheduler decides."""
+        if estimator.trainer.optimizer.lr_scheduler is None:
+            estimator.trainer.set_learning_rate(params()[0])
+
+    def batch_end(
+        self, estimator: Any, *args, loss: Any = None, pred: Any = None, label: Any = None, **_
+    ) -> bool:
+        """Add up; return True at 停止."""
+        self.loss += batch_loss(joined(loss))
+        if any(isinstance(metric, mx.metric.Accuracy) for metric in estimator.train_metrics):
+            self.acc += accuracy(joined(pred), joined(label))
+        return not running
+
+    def epoch_end(self, estimator: Any, *args, **kwargs) -> bool:
+        """Report and keep a checkpoint; return True when this was the last epoch."""
+        numbers, test_acc = {}, None
+        for metric in estimator.val_metrics:
+            name, value = metric.get()
+            if isinstance(metric, mx.metric.Accuracy):
+                test_acc = None if math.isnan(value) else value
+            elif not isinstance(metric, mx.metric.Loss) and not math.isnan(value):
+                numbers[name] = value
+        acc = self.acc if isinstance(self.acc, Share) else None
+        chat_inf(self.wechat_name, self.epoch, self.loss, acc, None, test_acc, **numbers)
+        kept = estimator.net, estimator.trainer, self.epoch, self.loss, self.acc
+        self.epoch, self.loss, self.acc = save_checkpoint(*kept)
+        return not lock_start() or self.epoch > params()[1]
+
+
+class SizedIterable:
+    """What a function returns an iterator over, with a length."""
+
+    def __init__(self, size: int, start: Callable):
+        self.size, self.start = size, start
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator:
+        return self.start()
+
+
+def joined(arrays: Any) -> nd.NDArray:
+    """Return the parts of a batch on several devices as one array; an array as it is."""
+    if not isinstance(arrays, list):
+        return arrays
+    return arrays[0] if len(arrays) == 1 else nd.concat(*(a.as_in_context(mx.cpu()) for a in arrays), dim=0)
 
 
 class Share(float):
@@ -5488,6 +5686,20 @@ def csv_line(cells: Iterable) -> str:
     return line.getvalue()
 
 
+class Scaled(mx.lr_scheduler.LRScheduler):
+    """A Trainer's scheduler, and a factor by which a person multiplies its rate: lr x0.5.
+
+    It travels in a checkpoint with the Trainer's states.
+    """
+
+    def __init__(self, scheduler: mx.lr_scheduler.LRScheduler, factor: float):
+        super().__init__(scheduler.base_lr)
+        self.scheduler, self.factor_by_chat = getattr(scheduler, 'scheduler', scheduler), factor
+
+    def __call__(self, num_update: int) -> float:
+        return self.scheduler(num_update) * self.factor_by_chat
+
+
 class Walk(enum.Enum):
     """Of a pass: GOING -> DONE, when the loop has ended or was left, or CUT, by 停止 in its middle."""
 
@@ -5597,7 +5809,7 @@ class Run:
         self.unwritten = set()  # what could not be written, and the person was told so
         self.logged, self.columns = 0, []  # rows in log.csv, a person's own columns there
         self.patience = 0  # with which it ended by itself
-        self.history = History()
+        self.history = History((), *settings.best_by)
         self.mistakes = []  # of the last evaluation: see Mistakes
         self.rolling_back = False  # is it to go back to the best epoch when it has ended?
         self.marks = []  # pairs: epochs done, what happened there, for the curve
@@ -5605,6 +5817,13 @@ class Run:
         self.live = None  # does nn_train ask for new values? None: it has not come to that yet
         self.wanted = {}  # values that were set by then
         self.steps, self.rate = 0, None  # that Trainers have taken; the learning rate of the last batch
+        self.steppers, self.keepers = (
+            set(),
+            None,
+        )  # id() of Trainers that step; that load_checkpoint() has had
+        self.last_rate = None  # as a Trainer has used it
+        self.scheduled, self.scale = False, 1.0  # has the Trainer a scheduler? by what is its rate multiplied
+        self.own = {}  # name -> value, as chat_param() has returned it last
         self.epochs = 0  # done
         self.batch = self.batches = 0  # done and in all in this epoch; 0 when progress() is not used
         self.unfinished = 0  # batches of the epoch that 继续 goes on with, until its pass begins
@@ -5626,6 +5845,7 @@ class Run:
         self.history = History(state['history'], *state['best_by'])
         self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
         self.unfinished, self.proven, self.rate = self.batch, state['proven'], state['rate']
+        self.scheduled, self.scale, self.own = state['scheduled'], state['scale'], state['own']
         self.clock = Clock(*state['clock'])
 
     def state(self, epoch: int, train_loss: Any, train_acc: Any) -> dict:
@@ -5646,6 +5866,9 @@ class Run:
             'best_by': (self.history.by, self.history.lower),
             'proven': self.proven,
             'rate': self.rate if cut else None,
+            'scheduled': self.scheduled,
+            'scale': self.scale,
+            'own': dict(self.own),
             'losses': {'size': self.losses.size, 'rest': self.losses.rest, 'last': self.losses.last},
             'clock': (self.clock.elapsed(), self.clock.in_epoch() if cut else 0.0, self.clock.rest),
             'params': (self.learning_rate, self.training_iters, self.batch_size),
@@ -5706,7 +5929,7 @@ class Run:
 
     def now(self) -> tuple:
         """Return what training goes by: may it go on, learning rate, number of epochs."""
-        return team.agreed or (running, self.learning_rate, self.training_iters)
+        return team.agreed[:3] if team.agreed else (running, self.learning_rate, self.training_iters)
 
     def note_place(self) -> None:
         """Let the talking process see where the run is."""
@@ -5736,7 +5959,13 @@ class Run:
     def count_step(self, trainer: Any) -> None:
         """A Trainer takes a step. What went before the first one was no pass that trains."""
         self.steps += 1
-        self.rate = float(trainer.learning_rate)
+        self.steppers.add(id(trainer))
+        scheduler = trainer.optimizer.lr_scheduler
+        self.scheduled = scheduler is not None
+        scale = team.agreed[4] if team.agreed else self.scale
+        if self.scheduled and scale != getattr(scheduler, 'factor_by_chat', 1):
+            trainer.optimizer.lr_scheduler = Scaled(scheduler, scale)
+        self.rate = self.last_rate = float(trainer.learning_rate)
         if self.steps == 1 and self.walk and self.walk.state is Walk.DONE and not self.walk.proven:
             self.epochs, self.believed, self.batch, self.walk = self.epochs - self.believed, 0, 0, None
             self.enter(Phase.TRAINING)
@@ -5868,9 +6097,20 @@ class Run:
         lines = [
             f'第 {row.epoch}/{self.length()} 轮',
             *measured(row),
+            *[f'学习率 {row.learning_rate:.4g}'] * self.scheduled,
+            *self.forgotten(),
             f'用时 {duration(seconds)}{self.time_left()}',
         ]
         return Letter(data_note() + '\n'.join(lines), 'report', self.history.score(row))
+
+    def forgotten(self) -> list:
+        """Return, in the first report, a line about Trainers that are in no checkpoint, if there are any."""
+        steppers, self.steppers = self.steppers, set()
+        if self.keepers is None or len(self.history.rows) > 1:
+            return []
+        lost = len(steppers - self.keepers)
+        how = '给 load_checkpoint、save_checkpoint 的 net 和 trainer 都可以是几个：[G, D]、[tG, tD]'
+        return [f'注意：有 {lost} 个 Trainer 不在检查点里，“继续”时它会从头开始；{how}'] * bool(lost)
 
     def finish_unreported(self, epoch: int) -> None:
         """Note that an epoch is done, of which there was no report, unless 停止 cut it short."""
@@ -5966,8 +6206,9 @@ class Run:
         return f'速度 {self.walk.images / (self.clock.last - self.clock.epoch_began):.0f} 张/秒'
 
     def values(self) -> str:
-        """Return the three values that the run trains with, in words."""
-        return values_text(self.learning_rate, self.training_iters, self.batch_size)
+        """Return the values that the run trains with, in words."""
+        rate = self.last_rate if self.scheduled and self.last_rate else self.learning_rate
+        return values_text(rate, self.training_iters, self.batch_size, self.own)
 
     def closing_report(self) -> str:
         """Return how the run ended."""
@@ -5995,13 +6236,13 @@ class Run:
         return bool(self.folder) and os.path.exists(os.path.join(self.folder, 'best.zip'))
 
     def drawn(self) -> dict:
-        """Return what draw_curve() draws of the run."""
+        """Return what draw_curve() draws of the run; of one with a scheduler, the learning rate, too."""
+        rows = self.history.rows[:]
+        numbers = [
+            {**row.numbers, 'lr': row.learning_rate} if self.scheduled else row.numbers for row in rows
+        ]
         kept = {'losses': self.losses.points[:], 'marks': self.marks[:], 'data': self.data}
-        return {
-            **kept,
-            'history': self.history.rows[:],
-            'numbers': [row.numbers for row in self.history.rows],
-        }
+        return {**kept, 'history': rows, 'numbers': numbers}
 
     def curve(self) -> Callable:
         """Return a function that draws the curves so far and returns the path of the picture.
@@ -6141,8 +6382,9 @@ def trying(what: str, function: Callable) -> Callable:
 
 
 def values_now() -> str:
-    """Return the three values as they stand for the next run. Needs the lock."""
-    return values_text(learning_rate, training_iters, batch_size)
+    """Return the values as they stand for the next run. Needs the lock."""
+    own = {name: settings.own.get(name, own_params[name][3]) for name in own_params}
+    return values_text(learning_rate, training_iters, batch_size, own)
 
 
 def data_note() -> str:
@@ -6276,17 +6518,50 @@ def write_whole(path: str, write: Callable) -> None:
             os.remove(path + NEW)
 
 
-def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray, log: str) -> None:
+def write_checkpoint(
+    path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray, log: str, extra: Optional[dict] = None
+) -> None:
     """Write last.zip to `path`."""
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), suffix=NEW) as folder:
-        net.save_parameters(os.path.join(folder, 'net.params'))
-        trainer.save_states(os.path.join(folder, 'trainer.states'))
+        for name, each in zip(part_names(folder, 'net.params'), as_list(net)):
+            each.save_parameters(name)
+        for name, each in zip(part_names(folder, 'trainer.states'), as_list(trainer)):
+            each.save_states(name)
+        write_extra(folder, extra or {})
         np.save(os.path.join(folder, 'losses.npy'), losses)
         append(os.path.join(folder, 'run.json'), json.dumps(state, ensure_ascii=False), 'w')
         append(os.path.join(folder, 'log.csv'), log, 'w')
         with zipfile.ZipFile(path, 'w') as checkpoint:
             for name in os.listdir(folder):
                 checkpoint.write(os.path.join(folder, name), name)
+
+
+def write_extra(folder: str, extra: dict) -> None:
+    """Write what a person wants kept: JSON, with the arrays in it in a file beside."""
+    arrays = []
+
+    def as_reference(value: Any) -> dict:
+        if not isinstance(value, (np.ndarray, np.generic, nd.NDArray)):
+            raise TypeError(f'extra：{type(value).__name__} 存不了，要是数、文字、列表、字典或数组')
+        arrays.append(value.asnumpy() if isinstance(value, nd.NDArray) else np.asarray(value))
+        return {'array': len(arrays) - 1, 'of': 'mxnet' if isinstance(value, nd.NDArray) else 'numpy'}
+
+    append(os.path.join(folder, 'extra.json'), json.dumps(extra, default=as_reference), 'w')
+    np.savez(os.path.join(folder, 'extra.npz'), *arrays)
+
+
+def read_extra(folder: str) -> dict:
+    """Return what write_extra() has written."""
+    with np.load(os.path.join(folder, 'extra.npz')) as arrays:
+
+        def revive(value: dict) -> Any:
+            if set(value) != {'array', 'of'}:
+                return value
+            array = arrays[f'arr_{value["array"]}']
+            return nd.array(array, dtype=array.dtype) if value['of'] == 'mxnet' else array
+
+        with open(os.path.join(folder, 'extra.json'), encoding='utf-8') as f:
+            return json.load(f, object_hook=revive)
 
 
 def back_to_best(folder: Optional[str]) -> str:
@@ -6465,12 +6740,14 @@ class Settings:
         self.chosen = set()  # which of the three values a person has set: 继续 takes the others from it
         self.touched = set()  # which of them are no longer the script's: set, or taken from a checkpoint
         self.report_every, self.patience = 1, 0
+        self.own = {}  # what was set of chat_param()'s values
+        self.best_by = ('test_acc', False)  # of runs to come: see best_by()
 
     def kept(self) -> dict:
         """Return what is to be remembered."""
         values = {name: globals()[name] for name in LIMITS if name in self.touched}
         own = {'chosen': sorted(self.chosen), 'report_every': self.report_every, 'patience': self.patience}
-        return {'values': values, **own}
+        return {'values': values, 'own': dict(self.own), **own}
 
     def adopt(self, kept: dict) -> None:
         """Go by what was remembered."""
@@ -6556,7 +6833,8 @@ class Commands:
             note += f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
         learning_rate, training_iters, batch_size = lr, ti, bs
         settings.touched.update(LIMITS)
-        changed = [f'lr {lr:g}'] * (lr != state['params'][0]) + ['restarted'] * bool(asked.path)
+        changed = [f'lr {lr:g}'] * (lr != state['params'][0] and not state['scheduled'])
+        changed += ['restarted'] * bool(asked.path)
         state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
         this_run = Run(asked.person)
         this_run.resume(path, state)
@@ -6639,7 +6917,7 @@ class Commands:
 
     def help(self, asked: Asked) -> str:
         """List the commands."""
-        return HELP
+        return help_text()
 
     # -- settings
 
@@ -6657,25 +6935,37 @@ class Commands:
         settings.patience = asked.number
         if not asked.number:
             return '好，不早停了。'
-        return f'好，测试精度 {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
+        what = TITLES.get(run.history.by, run.history.by)
+        return f'好，{what} {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
 
     def set_values(self, pairs: list) -> str:
         """Set each of [(name, text)] that is allowed; return the answer."""
         answer = []
         for name, text in pairs:
             try:
-                old = learning_rate
-                globals()[name] = read_value(name, text, old)
-                settings.chosen.add(name)
-                settings.touched.add(name)
-                if text[0] in 'x*/':
-                    answer.append(f'lr：{old:g} → {learning_rate:g}')
-                if running:
-                    answer.append(apply_to_run(name))
+                answer += self.set_value(name, text)
             except ValueError as error:
                 answer.append(str(error))
                 self.wrong = True
         return '\n'.join(answer)
+
+    def set_value(self, name: str, text: str) -> list:
+        """Set a value; return what is to be said of it besides what it is. Raises ValueError."""
+        relative = text[0] in 'x*/'
+        if name in own_params:
+            settings.own[name] = read_value(name, text)
+            return [f'{name} = {settings.own[name]:g}'] if running else []
+        if name == 'learning_rate' and relative and running and run.scheduled:
+            factor = read_value(name, text, 1.0)
+            run.scale *= factor
+            run.marks.append((run.epochs_done(), f'lr x{factor:g}'))
+            return [f'lr：scheduler 给的学习率从下一批起乘 {run.scale:g}']
+        old = learning_rate
+        globals()[name] = read_value(name, text, old)
+        settings.chosen.add(name)
+        settings.touched.add(name)
+        answer = [f'lr：{old:g} → {learning_rate:g}'] if relative else []
+        return answer + [apply_to_run(name)] if running else answer
 
     def alone(self, asked: Asked) -> str:
         """Say that a command is the talking process's, which carries it out only by itself."""
@@ -6695,6 +6985,8 @@ def is_busy() -> str:
 def apply_to_run(name: str) -> str:
     """Give a new value to the run, if it asks for new ones; return from when. Needs the lock."""
     short, later = text_of(name), '下次开始时生效'
+    if name == 'learning_rate' and run.scheduled:
+        return f'{short}：Trainer 的 scheduler 决定它，{later}；现在要改就发 lr x0.5'
     if name == 'batch_size' or run.live is False:
         return f'{short}：{later}'
     value = globals()[name]
@@ -6840,6 +7132,7 @@ class Remote(itchat.Core):
             settings.adopt(answer['settings'])
             self.sent = settings.kept()
             folders.update(answer['folders'])
+            own_params.update(answer['params'])
             if self.commands:
                 self.commands.runs_so_far = answer['last']
         if team.size > 1 and team.leads:
@@ -7160,9 +7453,9 @@ for name, value in list(vars(itchat).items()):
         if name not in vars(Remote) and name not in ('msg_register', 'configured_reply'):
             setattr(Remote, name, remote(name))
 
+settings = Settings()
 process_number = os.getpid()
 place = Place(int(role_words[1]) if role == 'trains' else -1)
-settings = Settings()
 team = Team()
 folders = {}  # number -> folder of each run that is remembered
 run = Run()  # the run that is going on, or the last one
