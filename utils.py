@@ -3624,6 +3624,7 @@ if TALKS:
 # ------------------------------------------------------------------------------------- before MXNet
 
 import atexit
+import copy
 import csv
 import ctypes
 import faulthandler
@@ -3631,6 +3632,7 @@ import gc
 import gzip
 import importlib.util
 import inspect
+import operator
 import statistics
 import weakref
 import zipfile
@@ -3724,14 +3726,21 @@ from mxnet.gluon import nn
 # --------------------------------------------------------------------------------- the command line
 
 
+INTERACTIVE = hasattr(sys, 'ps1') or bool(sys.flags.interactive)  # a notebook, too: it outlives a program
+
+
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     """Read the command line (or `argv`) into `options`; the talking process hears of them at the login.
 
     A training script calls this once, before chat_supervisor(). Ends the program with status 2, after a line
-    that says why, when an option is wrong.
+    that says why, when an option is wrong. A notebook's cell has no command line.
     """
     make_streams_safe()
     parser = make_parser()
+    for name in (*FLAGS, *OPTIONS) if INTERACTIVE else ():  # what another cell has said
+        delattr(options, name)
+    if argv is None and INTERACTIVE and not hasattr(sys.modules['__main__'], '__file__'):
+        argv = []
     parser.parse_args(argv, namespace=options)
     if not all(name.strip() for name in options.supervisor):
         parser.error('--supervisor：名字是空的')
@@ -3756,6 +3765,8 @@ def check_workers(parser: argparse.ArgumentParser) -> None:
     team.size = team.num_workers = options.workers
     if options.workers < 1 or (options.workers == 1 and (options.host or options.join)):
         parser.error('--workers：要大于 0；和 --host、--join 一起时要大于 1，各台机器上一样')
+    if options.workers > 1 and INTERACTIVE:
+        parser.error('--workers：几个进程各自运行同一个脚本，笔记本里不行')
     if options.host and options.join:
         parser.error('--host 写在扫码的那台机器上，--join 写在别的机器上，不能一起写')
     if options.host in ('0.0.0.0', ''):
@@ -3853,7 +3864,8 @@ class Batches:
                 data = images[j : j + self.batch_size]
                 if self.resize:
                     data = nd.contrib.BilinearResize2D(data, height=self.resize, width=self.resize)
-                yield data, labels[j : j + self.batch_size]
+                batch = data, labels[j : j + self.batch_size]
+                yield tuple(x.as_np_ndarray() for x in batch) if mx.util.is_np_array() else batch
 
 
 @functools.lru_cache(maxsize=1)
@@ -3969,40 +3981,119 @@ def try_gpu() -> mx.Context:
 
 
 def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
-    """Return the share of rows of `output` (N, classes) whose largest entry is at `label` (N,).
+    """Return the share of rows of `output` (N, classes) whose largest entry is at `label`: N numbers.
 
-    With --workers, in a loop over the training data: this process's part of it.
+    These may be of any shape and type, both. With --workers, in a loop over the training data: this process's
+    part of it. Raises ValueError when the shapes do not fit.
     """
-    label = label.asnumpy()
-    return np.count_nonzero(output.asnumpy().argmax(axis=1) == label) / (team.images or len(label))
+    team.called.add('accuracy')
+    said, label = classes(output, label)
+    return np.count_nonzero(said == label) / (team.images or len(label))
 
 
-def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Context] = None) -> float:
-    """Return the share of all examples of `data_iterator` that `net` classifies correctly."""
+def classes(output: nd.NDArray, label: nd.NDArray) -> tuple:
+    """Return the classes that `output` (N, classes) and `label` (N numbers) name, as numpy arrays (N,)."""
+    output, label = as_numpy(output), as_numpy(label)
+    if output.ndim != 2 or output.shape[1] < 2 or label.size != len(output):
+        raise ValueError(f'精度：输出要是 (N, 类数)，标签要是 N 个；现在是 {output.shape} 和 {label.shape}')
+    return output.argmax(axis=1), label.ravel()
+
+
+def as_numpy(array: nd.NDArray) -> np.ndarray:
+    """Return its numbers, those of 16 bits as float32: numpy adds float16 up badly, and knows no bfloat16."""
+    return (array.astype('float32') if np.dtype(array.dtype).itemsize == 2 else array).asnumpy()
+
+
+def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Any = None) -> float:
+    """Return the share of all examples of `data_iterator` that `net` classifies correctly.
+
+    Its batches are (data, label), (several inputs, ..., label) or DataBatches, whose padding does not count.
+    Of a list, as the tutorials' `ctx` is one, the first device computes. Raises TypeError when a batch is
+    something else, ValueError when shapes do not fit or there is no batch.
+    """
     correct, total, mistakes = 0, 0, Mistakes()
+    device = (ctx[0] if isinstance(ctx, (list, tuple)) else ctx) or try_gpu()
     tests = not getattr(data_iterator, 'training', False)
     if isinstance(data_iterator, Batches):  # the training data, too: this is no pass that trains
         data_iterator = data_iterator.read(max(data_iterator.epoch, 1))
     even_out(net)
-    for batch in data_iterator:
-        mistakes.shapes.add(batch[0].shape[1:])
+    for batch in one_pass(data_iterator):
+        batch = inputs_and_label(batch)
+        mistakes.shapes.add(arrays_in(batch)[0].shape[1:])
         batch = team.part(batch, trains=False)
         if batch is None:  # fewer images than --workers
             continue
-        data, label = batch
-        output, label = net(data.as_in_context(ctx or try_gpu())).asnumpy(), label.asnumpy().ravel()
-        said = output.argmax(axis=1)
+        *inputs, label = batch
+        output = net(*map_arrays(lambda array: array.as_in_context(device), inputs))
+        said, label = classes(output, label)
         wrong = np.flatnonzero(said != label)
         correct += len(label) - len(wrong)
         total += len(label)
         if tests and len(wrong):
-            mistakes.add(data, output[wrong], label, said, wrong)
+            mistakes.add(arrays_in(inputs)[0], as_numpy(output)[wrong], label, said, wrong)
     correct, total = team.meet(correct, total)
     if tests:
         mistakes.merge()
         with lock:
             run.mistakes = mistakes.kept
+    if not total:
+        raise ValueError('evaluate_accuracy：一批数据也没有（生成器只能读一遍）')
     return correct / total
+
+
+def inputs_and_label(batch: Any) -> list:
+    """Return what a network takes of a batch, and the labels behind it. Raises TypeError."""
+    if isinstance(batch, mx.io.DataBatch):
+        n = len(batch.data[0]) - (batch.pad or 0)
+        batch = [array[:n] for array in [*batch.data, *(batch.label or ())]]
+    if isinstance(batch, (list, tuple)) and len(batch) > 1 and isinstance(batch[-1], nd.NDArray):
+        return list(batch)
+    raise TypeError(
+        'evaluate_accuracy：每一批要是 (data, label)、(几个输入, label) 或 DataBatch，'
+        f'现在是 {type(batch).__name__}；别的请自己算好精度，交给 chat_inf'
+    )
+
+
+def one_pass(data: Iterable) -> Iterator:
+    """Return an iterator over all of `data`: one of MXNet's own, like NDArrayIter, begins anew."""
+    if isinstance(data, mx.io.DataIter):
+        data.reset()
+    return iter(data)
+
+
+def map_arrays(function: Callable, batch: Any) -> Any:
+    """Return a batch of any kind, however nested, with function(array) in the place of each array."""
+    if isinstance(batch, nd.NDArray):
+        return function(batch)
+    if isinstance(batch, mx.io.DataBatch):
+        mapped = copy.copy(batch)
+        mapped.data, mapped.label = map_arrays(function, [batch.data, batch.label])
+        return mapped
+    if isinstance(batch, dict):
+        return {key: map_arrays(function, value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        mapped = [map_arrays(function, value) for value in batch]
+        return type(batch)(*mapped) if hasattr(batch, '_fields') else type(batch)(mapped)
+    return batch
+
+
+def arrays_in(batch: Any) -> list:
+    """Return the arrays in a batch of any kind."""
+    found = []
+    map_arrays(found.append, batch)
+    return found
+
+
+def batch_size_of(batch: Any) -> Optional[int]:
+    """Return how many examples a batch of any kind holds, by its first array; None when it has none."""
+    return next((array.shape[0] for array in arrays_in(batch) if array.shape), None)
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Let numpy's, Python's and MXNet's random numbers of an epoch depend on both numbers alone."""
+    np.random.seed([seed % 2**32, epoch])
+    random.seed(f'{seed} {epoch}')
+    mx.random.seed(int(np.random.randint(2**31)))
 
 
 def even_out(net: Any) -> None:
@@ -4030,7 +4121,7 @@ class Mistakes:
         least = self.kept[-1][0] if len(self.kept) == self.ROOM else 0
         best = [i for i in np.argsort(-sure)[: self.ROOM] if sure[i] > least]
         if best:
-            examples = data.asnumpy()
+            examples = as_numpy(data)
             new = [(float(sure[i]), wrong[i]) for i in best]
             self.kept += [(p, examples[j].copy(), int(label[j]), int(said[j])) for p, j in new]
             self.keep_surest()
@@ -4155,11 +4246,19 @@ def speed_up(net: nn.HybridSequential, *blocks: nn.HybridBlock) -> None:
 
     Parameters, their gradients and the outputs stay what they are, to the rounding of float32. (So does what
     MXNet 1.9.1 gets wrong in compiled networks: in some the gradient of nn.PReLU's slope is too small.)
+    What MXNet cannot compile is left alone, and said.
     """
     for block in (net, *blocks):
-        block.hybridize(static_alloc=True, static_shape=True)
-    known = any(isinstance(hook, Compiler) for hook in net._forward_pre_hooks.values())
-    if try_gpu().device_type == 'cpu' and not known and not mx.util.is_np_array():
+        if isinstance(block, mx.gluon.HybridBlock):
+            block.hybridize(static_alloc=True, static_shape=True)
+        else:
+            say(f'speed_up：{type(block).__name__} 不是 nn.HybridSequential 这样的 HybridBlock，没有动它')
+    if type(net).forward is not mx.gluon.HybridBlock.forward or try_gpu().device_type != 'cpu':
+        return  # nothing compiles it as a whole, or it has done so itself, as a SymbolBlock does
+    amp = sys.modules.get('mxnet.contrib.amp.amp')
+    if mx.util.is_np_array() or (amp and amp._amp_initialized):
+        say('speed_up：用了 npx.set_np() 或 AMP，网络只编译，不另外加速')
+    elif not any(isinstance(hook, Compiler) for hook in net._forward_pre_hooks.values()):
         net.register_forward_pre_hook(Compiler())
 
 
@@ -4170,8 +4269,16 @@ class Compiler:
 
     def __init__(self):
         self.threads, self.kept = None, {}  # what it is compiled for; the last forms for two other numbers
+        self.told = False  # was it said that this network is compiled within another one?
 
     def __call__(self, net, inputs):
+        arrays = arrays_in(inputs)
+        if not arrays:  # Symbols: another network is being compiled
+            vars(net).pop('hybrid_forward', None)
+            if not self.told:
+                self.told = True
+                say(f'speed_up：{net.name} 编译在另一个网络里，照原样算；要加速就 speed_up 外面的那个')
+            return
         if net._cached_op is None:  # the first time, or after hybridize()
             self.kept.clear()
         elif self.threads == threads.used:
@@ -4186,14 +4293,14 @@ class Compiler:
         if len(self.kept) > 2:  # each has memory of its own: the one that was used longest ago goes
             del self.kept[next(iter(self.kept))]
         # Blocks of 8 waste too little for it; cutting fewer images costs more than it saves, too: 1.1 times.
-        copying = BLOCK == 16 and inputs[0].shape[0] >= 64
+        copying = BLOCK == 16 and (batch_size_of(arrays) or 0) >= 64
         net.apply(self.prepare)
         if type(net).hybrid_forward is not nn.HybridSequential.hybrid_forward:
             return  # its layers do not just follow each other
         net.hybrid_forward = functools.partial(forward_in_blocks, net, copying)
-        first, *others = net._children.values()
-        if in_blocks(first, *others):  # MXNet finds out too late how many channels come in to cut its filters
-            first.weight.shape = first._channels, inputs[0].shape[1], *first._kwargs['kernel']
+        layers = list(net._children.values())
+        if in_blocks(*layers):
+            set_channels(layers[0], *arrays[0].shape[1:2])
 
     def prepare(self, layer):
         """Have a convolution keep to so many threads, and a Dense layer compute its ReLU quickly."""
@@ -4233,7 +4340,7 @@ def forward_in_blocks(net, copying, F, x):
         channels, copies = layer._channels, copying and room_for_copies(layer, pool, *layers)
         whole = channels - channels % BLOCK if copies else channels
         if parts[-1][2]:
-            layer.weight.shape = channels, parts[-1][2], *layer._kwargs['kernel']
+            set_channels(layer, parts[-1][2])
         filters = [array.var() for array in (layer.weight, layer.bias) if array is not None]
         if not copies:
             outputs = [(convolve(F, layer, parts, filters, channels), 0, channels)]
@@ -4253,6 +4360,12 @@ def forward_in_blocks(net, copying, F, x):
         if layer.act is not None:
             parts = [(layer.act(y), first, last) for y, first, last in parts]
     return parts[0][0]
+
+
+def set_channels(layer, *channels):
+    """Let a convolution know how many channels come in: MXNet finds out too late to cut its filters."""
+    layer.weight.shape = layer._channels, *channels, *layer._kwargs['kernel']
+    layer.weight._var = None  # somebody may have asked for it before
 
 
 def cut(F, part):
@@ -4392,6 +4505,7 @@ class Team(mx.kvstore.KVStoreBase):
     """
 
     type, rank, num_workers = 'dist_sync', 0, 1
+    NEEDED = 'progress', 'store', 'total', 'accuracy', 'batch_loss'  # what every training function must call
     WORDS = 512  # bytes of what the leading one says; each travels as a float32, there are no others
     SILENT = 8  # seconds without a sign of life, of which there is one a second; it is asked for twice more
 
@@ -4403,6 +4517,7 @@ class Team(mx.kvstore.KVStoreBase):
         self.kv, self.keys, self.silences = None, set(), 0  # the last: how many, in a row
         self.agreed = None  # what Run.now() returns in all of them
         self.images, self.loss = None, None  # of the batch: how many in all; this one's part of its loss
+        self.called, self.stepped = set(), False  # which of NEEDED; has a Trainer given its parameters here?
 
     # -- until all are there
 
@@ -4454,7 +4569,6 @@ class Team(mx.kvstore.KVStoreBase):
         """Wait until all are there and begin with `this_run`; return False when 停止 came before."""
         if self.size == 1:
             return True
-        np.random.seed(this_run.seed % 2**32)  # who shuffles with it shuffles alike
         while self.leads and not self.ready.wait(0.2):
             with lock:
                 if not running:
@@ -4469,17 +4583,29 @@ class Team(mx.kvstore.KVStoreBase):
 
     def part(self, batch: Any, trains: bool = True) -> Any:
         """Return this process's share of a batch, that is of the rows of each array in it."""
-        n = len(batch[0]) if self.size > 1 else 0
+        n = batch_size_of(batch) if self.size > 1 else 0
         if trains and n:
+            self.called.add('progress')
             self.images = n if n >= self.size else n * self.size
         if not n or trains and n < self.size:  # not one for each: each takes them all
             return batch
         first, last = n * self.rank // self.size, n * (self.rank + 1) // self.size
-        return [array[first:last] for array in batch] if last > first else None
+        share = functools.partial(map_arrays, lambda x: x[first:last] if x.shape[:1] == (n,) else x)
+        return share(batch) if last > first else None
+
+    def check_calls(self, *excused: str) -> None:
+        """Raise RuntimeError, in all processes, when the training function has not called what it must."""
+        missing = [f'utils.{name}' for name in self.NEEDED if name not in {*excused, *self.called}]
+        if self.size > 1 and missing:
+            raise RuntimeError(
+                f'{self.size} 个进程一起训练，训练函数要调用 {"、".join(missing)}（见 README）'
+            )
 
     def end_batch(self) -> None:
         """Agree on how to go on after a batch; raise NotFinite in all when one's loss is NaN."""
         if self.size > 1:
+            if self.stepped or 'store' not in self.called:  # it may add up the gradients of several batches
+                self.check_calls('accuracy')
             loss, self.loss = self.loss, None
             (mean,) = self.meet(loss or 0.0)
             if loss is not None:
@@ -4525,7 +4651,7 @@ class Team(mx.kvstore.KVStoreBase):
 
     def pushpull(self, key, value, out=None, priority=0):
         """Let `out` become the sum of all processes' `value`, a list for one device: Trainer's gradients."""
-        (value,), (out,) = value, out or value
+        (value,), (out,) = ([each.as_nd_ndarray() for each in arrays] for arrays in (value, out or value))
         key = f'{key} {value.shape}'
         if key not in self.keys:  # once: a second time would wait for ever
             self.kv.init(key, nd.zeros(value.shape))
@@ -4538,6 +4664,8 @@ class Team(mx.kvstore.KVStoreBase):
 
     def broadcast(self, key, value, out, priority=0):
         """Let `out` become what the leading one has: a Trainer's parameters, before its first step."""
+        self.stepped = True
+        value = value.as_nd_ndarray()
         self.pushpull(key, [value if self.leads else nd.zeros_like(value)], out)
         nd.waitall()  # or the first gradients might overtake them
 
@@ -4570,7 +4698,7 @@ class Team(mx.kvstore.KVStoreBase):
             _, self.agreed, seed, batch_size, name, length = said
             content = self.share(bytes(length))
             with lock:
-                run = Run(Caller(None, name), nn_train)
+                run = Run(Caller(None, name))
                 run.busy = running = True
                 if content:
                     run.resume('', read_checkpoint(content))
@@ -4705,17 +4833,6 @@ def missing_processes() -> str:
     return f'在等 {min(max(team.size + 2 - len(come), 1), team.size - 1)} 个训练进程加入{note}'
 
 
-NEEDED = 'store', 'total', 'accuracy', 'batch_loss'  # what a function must call that several processes train
-
-
-def objection_to(nn_train: Callable) -> str:
-    """Return why several processes cannot train `nn_train`; '' when they can."""
-    missing = [f'utils.{name}' for name in NEEDED if not calls(nn_train, name)]
-    if team.size == 1 or not missing:
-        return ''
-    return f'这个训练函数只能用一个进程：{team.size} 个一起，它要调用 {"、".join(missing)}（见 README）。'
-
-
 def connected_to(port: int) -> list:
     """Return the addresses from which somebody is connected to a port of this machine (Linux)."""
     with contextlib.suppress(OSError), open('/proc/net/tcp') as f:
@@ -4751,12 +4868,17 @@ def params() -> tuple:
     ti as the new end.
     """
     with lock:
-        run.live = True
+        if not run.live:
+            run.live = True
+            for name in ('learning_rate', 'training_iters'):  # said before it asked for the first time
+                if team.leads and getattr(run, name) != globals()[name]:
+                    apply_to_run(name)
         return (*run.now()[1:], run.batch_size)
 
 
 def store() -> Any:
     """Return what a Trainer takes as its kvstore: with --workers, the one that adds up all gradients."""
+    team.called.add('store')
     return team if team.size > 1 else 'device'
 
 
@@ -4765,6 +4887,7 @@ def total(n: int) -> int:
 
     Raises RuntimeError when there are --workers and the batch does not come from progress().
     """
+    team.called.add('total')
     if team.size > 1 and not team.images:
         raise RuntimeError('几个进程一起训练，训练的数据要从 utils.progress(train_data) 来')
     return team.images or n
@@ -4776,17 +4899,19 @@ def progress(train_data: Iterable) -> Iterator:
     For the data that the run trains with (the first that it gives to progress()) the batches are counted, and
     in a resumed epoch those done before are left out. load_data_fashion_mnist's train_data does this itself.
     """
-    total = len(train_data) if hasattr(train_data, '__len__') else 0
+    total = operator.length_hint(train_data)  # 0 when nobody knows
     with lock:
         counted = run.busy and run.trains_with(train_data)
         epoch, done = run.start_epoch(total) if counted else (None, 0)
+    if counted:
+        seed_epoch(run.seed, epoch)
     if counted and team.size > 1:
         labels = train_data.labels.tobytes() if isinstance(train_data, Batches) else b''
         compare('训练数据', [total, done, labels])
     if isinstance(train_data, Batches):
         batches = train_data.read(epoch, done)
     else:
-        batches = itertools.islice(train_data, done, None)
+        batches = itertools.islice(one_pass(train_data), done, None)
     name = f'第 {epoch} 轮' if epoch else None
     how = itchat.instance.bar() if team.leads else {'disable': True}
     with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, **how) as bar:
@@ -4826,10 +4951,11 @@ def batch_loss(loss: nd.NDArray) -> float:
     With --workers, return this process's part of it. Raises FloatingPointError when it is NaN or infinite:
     nothing good can come of that run.
     """
+    team.called.add('batch_loss')
     if team.images:  # progress() adds up the parts
-        team.loss = float(loss.asnumpy().sum()) / team.images
+        team.loss = float(as_numpy(loss).sum()) / team.images
         return team.loss
-    value = float(loss.asnumpy().mean())
+    value = float(as_numpy(loss).mean())
     keep_loss(value)
     return value
 
@@ -4862,19 +4988,21 @@ def chat_inf(
 ) -> None:
     """Send the report after an epoch, which counts from 1, to who started the run and the supervisors.
 
-    `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len(); numbers or
-    NDArrays of one element. After an epoch that 停止 cut short nothing is reported. Your own `numbers`, like
-    f1=0.83, stand in the report, in log.csv and in the curve.
+    `train_loss` and `train_acc` are sums over the batches of `train_data`, which progress() has counted where
+    it has no len(); numbers or NDArrays of one element. After an epoch that 停止 cut short nothing is
+    reported. Your own `numbers`, like f1=0.83, stand in the report, in log.csv and in the curve.
     Raises FloatingPointError when the loss is not finite.
     """
     global running
     loss, train_acc = team.meet(float(train_loss), float(train_acc))
-    loss, train_acc = loss / len(train_data), train_acc / len(train_data)
+    team.check_calls(*['accuracy'] * (not train_acc))
     numbers = {name: float(value) for name, value in numbers.items()}
     with lock:
         if run.is_cut_short():
             return
         run.in_epoch = False
+    batches = batches_of(train_data)
+    loss, train_acc = loss / batches, train_acc / batches
     check_finite(loss)
     with lock:
         report = run.finish_epoch(epoch, loss, train_acc, float(test_acc), numbers)
@@ -4883,6 +5011,14 @@ def chat_inf(
             running, run.early = False, settings.patience
         rows, extra = run.history[:], [dict(numbers) for numbers in run.numbers]
     run.write('log.csv', '日志', lambda path: write_log(path, rows, extra))
+
+
+def batches_of(train_data: Any) -> int:
+    """Return how many batches the epoch that has just ended had. Raises TypeError when nobody knows."""
+    n = operator.length_hint(train_data) or run.batch or run.batches
+    if not n:
+        raise TypeError('chat_inf：train_data 没有 len()，也没有经过 utils.progress，不知道有几批')
+    return n
 
 
 def load_checkpoint(net: Any, trainer: Any) -> tuple:
@@ -5013,12 +5149,12 @@ class Run:
     needs it but for make_folder() and write(), which are called without it.
     """
 
-    def __init__(self, person: 'Optional[Caller]' = None, nn_train: Optional[Callable] = None):
+    def __init__(self, person: 'Optional[Caller]' = None):
         self.person = person  # who started it
         self.number, self.data = 0, data_name()  # of all runs in this folder; what it trains with
         self.learning_rate, self.training_iters = learning_rate, training_iters
         self.batch_size, self.seed = batch_size, options.seed  # a resumed run keeps its own
-        self.live = calls(nn_train, 'params')  # does nn_train ask for new values while it trains?
+        self.live = False  # has nn_train asked for new values, as params() tells them?
         self.busy = False  # is nn_train at work? It still is for a moment after 停止
         self.ended = self.stopped = False  # has it called lock_end()? Had a person said 停止 by then?
         self.error = None  # what nn_train raised
@@ -5334,11 +5470,6 @@ def trying(what: str, function: Callable) -> Callable:
             return f'{what}：{first_line(error)}'
 
     return tried
-
-
-def calls(function: Optional[Callable], name: str) -> bool:
-    """Return whether the code of `function` itself names `name`, as `utils.name` or as a global."""
-    return name in getattr(getattr(function, '__code__', None), 'co_names', ())
 
 
 def values_now() -> str:
@@ -5682,10 +5813,26 @@ class Commands:
 
     def __init__(self, nn_train: Callable):
         self.nn_train = nn_train
+        self.switches = ()  # of MXNet, each thread's own: see note_switches()
         self.runs_so_far = 0
         self.news = {}  # what the commands have done that is to be remembered of the run
         self.wrong = False  # was one of them wrong?
         self.job = None  # what the main thread is to train, when that is answered
+
+    def note_switches(self) -> None:
+        """Note how MXNet computes in this thread, the script's own: nn_train may have to run in another."""
+        numpy = mx.util.is_np_shape(), mx.util.is_np_array()
+        recording = mx.autograd.is_recording(), mx.autograd.is_training()
+        self.switches = threading.get_ident(), numpy, recording, mx.current_context()
+
+    def adopt_switches(self) -> None:
+        """Let MXNet compute so in this thread, if that is another one."""
+        thread, numpy, (recording, training), ctx = self.switches
+        if thread != threading.get_ident():
+            mx.util.set_np(*numpy)
+            mx.autograd.set_recording(recording)
+            mx.autograd.set_training(training)
+            ctx.__enter__()  # for good
 
     def carry_out(self, commands: list, almost: str, asked: Asked) -> list:
         """Carry out commands, from dicts of Said, up to the first wrong one; return the answers."""
@@ -5714,10 +5861,10 @@ class Commands:
 
     def start(self, asked: Asked) -> str:
         """Train from the beginning."""
-        refusal = is_busy() or objection_to(self.nn_train)
+        refusal = is_busy()
         if refusal:
             return refusal
-        this_run = Run(asked.person, self.nn_train)
+        this_run = Run(asked.person)
         self.runs_so_far += 1
         this_run.number = self.runs_so_far
         self.begin(this_run)
@@ -5728,7 +5875,7 @@ class Commands:
     def resume(self, asked: Asked) -> str:
         """Go on from the last checkpoint, or silently from the one that is asked for."""
         global learning_rate, training_iters, batch_size
-        refusal = is_busy() or objection_to(self.nn_train)
+        refusal = is_busy()
         if refusal:
             return refusal
         path, state = (asked.path, read_checkpoint(asked.path)) if asked.path else last_checkpoint()
@@ -5750,7 +5897,7 @@ class Commands:
         settings.touched.update(LIMITS)
         changed = [f'lr {lr:g}'] * (lr != state['params'][0]) + ['restarted'] * bool(asked.path)
         state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
-        this_run = Run(asked.person, self.nn_train)
+        this_run = Run(asked.person)
         this_run.resume(path, state)
         this_run.marks += [(this_run.epochs_done(), word) for word in changed]
         if not this_run.number:  # of an earlier version
@@ -5913,8 +6060,10 @@ def runs_text() -> str:
 
 def apply_to_run(name: str) -> str:
     """Give a new value to the run, if it asks for new ones; return from when. Needs the lock."""
-    if name == 'batch_size' or not run.live:
+    if name == 'batch_size':
         return '下次开始时生效'
+    if not run.live:
+        return '训练函数问到 utils.params() 时生效，不问就下次开始时生效'
     if name == 'learning_rate':
         run.learning_rate = learning_rate
         run.marks.append((run.epochs_done(), f'lr {learning_rate:g}'))
@@ -5935,7 +6084,10 @@ def chat_supervisor(nn_train: Callable) -> None:
     is (learning_rate, training_iters, batch_size). With --join there is no chat: this trains along and does
     not return.
     """
-    itchat.instance.commands = Commands(nn_train)
+    if itchat.instance.commands is None:
+        itchat.instance.commands = Commands(nn_train)
+    itchat.instance.commands.nn_train = nn_train  # the cell of a notebook was run again
+    itchat.instance.commands.note_switches()
     if not team.leads:
         try:
             team.follow(nn_train)
@@ -5947,7 +6099,7 @@ def chat_supervisor(nn_train: Callable) -> None:
 def train(nn_train: Callable, this_run: Run) -> None:
     """Run nn_train to its end, in the main thread; whatever it raises, the next 开始 works."""
     threads.begin()
-    mx.random.seed(this_run.seed)
+    seed_epoch(this_run.seed, 0)
     if NUMPY_2:  # MXNet passes on numbers as they print; numpy's would print as np.int64(3)
         np.set_printoptions(legacy='1.25')
     try:
@@ -6008,7 +6160,8 @@ class Remote(itchat.Core):
         super().__init__()
         self.functionDict = itchat.instance.functionDict  # the handlers that were registered already
         self.line, self.talker = None, None  # the latter: the process, where this one has started it
-        self.commands = None
+        self.commands = getattr(itchat.instance, 'commands', None)
+        self.listener, self.trainer = None, None  # threads; the latter where run() has not kept the caller's
         self.jobs = queue.SimpleQueue()  # (nn_train, Run); None at the end
         self.admitted = queue.SimpleQueue()  # the answer to the login
         self.replies, self.numbers = {}, itertools.count()  # number of a call -> where its answer goes
@@ -6020,6 +6173,7 @@ class Remote(itchat.Core):
         self.handling = Worker('handlers')
         self.printing = Worker('printing')
         self.orphaned = False  # has nobody talked for a while?
+        self.folder_lock = None
 
     # -- what the script calls
 
@@ -6033,15 +6187,22 @@ class Remote(itchat.Core):
         if self.line is not None:
             return  # there is a session
         make_streams_safe()
+        with self.taking_signals():
+            self.log_in(hotReload, statusStorageDir, callbacks)
+
+    def log_in(self, hotReload: bool, statusStorageDir: Optional[str], callbacks: dict) -> None:
+        """Do what auto_login() is for."""
         self.connect()
         self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
         how = {'hotReload': bool(hotReload), 'statusStorageDir': statusStorageDir}
         self.line.send('login', given=vars(options), how={**how, 'callbacks': list(self.callbacks)})
-        threading.Thread(target=self.listen, name='listening', daemon=True).start()
+        self.listener = threading.Thread(target=self.listen, name='listening', daemon=True)
+        self.listener.start()
         answer = self.admitted.get()
         if answer['do'] == 'exit':
             self.line.send('bye', status=answer['status'])
             self.exit(answer['status'])
+            sys.exit(answer['status'])  # the cell of a notebook
         with waiting_for('在等上一个训练进程存完检查点'):
             self.folder_lock = lock_folder(1, wait=True)
         remove_leftovers()
@@ -6057,33 +6218,56 @@ class Remote(itchat.Core):
     def connect(self) -> None:
         """Reach the talking process: the one that has started this, else one that is started now."""
         global place
-        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
         if role == 'trains':
-            self.line, numbers = Line(int(role_words[0])), numbers[:1]
+            self.line = Line(int(role_words[0]))
         else:
             with make_place_file() as shared:
                 place = Place(shared.fileno())
                 here = os.path.dirname(os.path.abspath(__file__))
                 code = f'import sys; sys.path.insert(0, {here!r}); import utils'
-                self.talker, ours = start_process('talks', ['-c', code], shared)
+                # A notebook has no terminal to type into; the end of the input would end the program.
+                how = {'stdin': subprocess.PIPE} if INTERACTIVE else {}
+                self.talker, ours = start_process('talks', ['-c', code], shared, **how)
             self.line = Line(ours.detach())
+
+    @contextlib.contextmanager
+    def taking_signals(self) -> Iterator:
+        """Have the program end in order at a signal from here on; in a notebook only within this."""
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 1 if role == 'trains' else 3]
+        before = {}
         if threading.current_thread() is threading.main_thread():
             for number in numbers:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                    signal.signal(number, self.hand_on_signal)
+                    before[number] = signal.signal(number, self.hand_on_signal)
+        try:
+            yield
+        except KeyboardInterrupt:  # a notebook's second signal
+            self.talker.kill()
+            self.exit(130)
+            raise
+        finally:
+            for number, handler in before.items() if INTERACTIVE else ():
+                signal.signal(number, handler)
 
     def run(self, debug: bool = False, blockThread: bool = True) -> None:
         """Train whenever somebody says so, until the end of the program."""
-        if not blockThread:
+        if not blockThread and self.trainer is None:
             atexit.register(lambda: self.line.send('bye', status=int(hasattr(sys, 'last_value'))))
-            threading.Thread(target=self.run, name='training', daemon=True).start()
+            self.trainer = threading.Thread(target=self.run, name='training', daemon=True)
+            self.trainer.start()
+        if self.trainer not in (None, threading.current_thread()):
+            if blockThread:
+                self.trainer.join()
             return
-        self.get_ready()
-        while (job := self.jobs.get()) is not None:
-            train(*job)
-        if self.pausing == 'orphan':
-            sys.exit(1)
-        self.leave(int(run.error is not None))
+        with self.taking_signals():
+            self.get_ready()
+            while (job := self.jobs.get()) is not None:
+                self.commands.adopt_switches()
+                train(*job)
+            if self.pausing == 'orphan':
+                self.exit(1)
+            else:
+                self.leave(int(run.error is not None))
 
     def get_ready(self) -> None:
         """Tell the talking process that commands and messages can come."""
@@ -6108,7 +6292,18 @@ class Remote(itchat.Core):
         self.exit(status)
 
     def exit(self, status: int) -> None:
-        """End the process; by force where MXNet would wait for others, or this is not the main thread."""
+        """End the process; by force where MXNet would wait for others, or this is not the main thread.
+
+        A notebook goes on: what was run there, run again, logs in again.
+        """
+        if INTERACTIVE:
+            self.talker.wait()
+            self.listener.join()
+            if self.folder_lock:
+                self.folder_lock.close()  # or it would take the next one's lock with it
+            say('会话结束了；再运行一次，就再登录。')
+            use_client(Remote())
+            return
         if team.size > 1 or threading.current_thread() is not threading.main_thread():
             sys.stdout.flush()
             os._exit(status)
@@ -6195,9 +6390,10 @@ class Remote(itchat.Core):
         for answers in list(self.replies.values()):
             answers.put(NOBODY)
         self.admitted.put({'do': 'exit', 'status': 1})
-        timer = threading.Timer(self.ORPHANED, os._exit, [1])
-        timer.daemon = True
-        timer.start()
+        if not INTERACTIVE:
+            timer = threading.Timer(self.ORPHANED, os._exit, [1])
+            timer.daemon = True
+            timer.start()
         self.do_end(stop=True, pause='orphan')
 
     def do_logged_in(self, settings: dict, last: int) -> None:
@@ -6281,6 +6477,8 @@ class Remote(itchat.Core):
             return
         now = time.monotonic()
         if self.signal_came and now - self.signal_came > 1:
+            if INTERACTIVE and number == signal.SIGINT:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         if not self.signal_came:
             self.signal_came = now
