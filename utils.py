@@ -3993,6 +3993,9 @@ def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
 
 def classes(output: nd.NDArray, label: nd.NDArray) -> tuple:
     """Return the classes that `output` (N, classes) and `label` (N numbers) name, as numpy arrays (N,)."""
+    for array in (output, label):
+        if not isinstance(array, nd.NDArray):
+            raise TypeError(f'精度：输出和标签各要是一个 NDArray，现在是 {type(array).__name__}')
     output, label = as_numpy(output), as_numpy(label)
     if output.ndim != 2 or output.shape[1] < 2 or label.size != len(output):
         raise ValueError(f'精度：输出要是 (N, 类数)，标签要是 N 个；现在是 {output.shape} 和 {label.shape}')
@@ -4091,8 +4094,9 @@ def batch_size_of(batch: Any) -> Optional[int]:
 
 def seed_epoch(seed: int, epoch: int) -> None:
     """Let numpy's, Python's and MXNet's random numbers of an epoch depend on both numbers alone."""
-    np.random.seed([seed % 2**32, epoch])
-    random.seed(f'{seed} {epoch}')
+    text = f'{seed} {epoch}'
+    np.random.seed(list(text.encode()))
+    random.seed(text)
     mx.random.seed(int(np.random.randint(2**31)))
 
 
@@ -6063,7 +6067,7 @@ def apply_to_run(name: str) -> str:
     if name == 'batch_size':
         return '下次开始时生效'
     if not run.live:
-        return '训练函数问到 utils.params() 时生效，不问就下次开始时生效'
+        return '下次开始时生效；训练函数要是问 utils.params()，问到时就生效'
     if name == 'learning_rate':
         run.learning_rate = learning_rate
         run.marks.append((run.epochs_done(), f'lr {learning_rate:g}'))
