@@ -2155,12 +2155,15 @@ OWN_LOOP = """
     trainer = gluon.Trainer(net.collect_params(), 'adam', {'learning_rate': params[0]}, utils.store())
     epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)
     while utils.lock_start() and epoch <= utils.params()[1]:
+        weight = random.uniform(0.5, 1) + np.random.rand()  # of this epoch
+        np.random.rand(0 if LOOKED else 9)  # at something, once in a process
+        LOOKED.append(epoch)
         for i, batch in enumerate(utils.progress(train_data)):
             x, y = UNPACK(batch)
             x, y = x.as_in_context(mx.cpu()), y.as_in_context(mx.cpu())
             with autograd.record():
                 output = net(x)
-                loss = loss_fn(output, y)
+                loss = loss_fn(output, y) * weight
             loss.backward()
             trainer.step(utils.total(x.shape[0]))
             train_acc += utils.accuracy(output, y)
@@ -2176,7 +2179,7 @@ OWN_LOOP = """
 LOADER = """
 import mxnet as mx, random, numpy as np
 from mxnet import gluon, nd
-STOP = %r
+STOP, LOOKED = %r, []
 
 class Data(gluon.data.Dataset):
     "Each example is changed a little by every generator there is."
@@ -2195,7 +2198,7 @@ UNPACK, TESTED = (lambda batch: batch), (lambda data: data)
 GENERATOR = """
 import mxnet as mx, random
 from mxnet import nd
-STOP = %r
+STOP, LOOKED = %r, []
 
 class Shuffled:
     "As in the first chapters of d2l; len() is said to be unknown."
@@ -2216,7 +2219,7 @@ TESTED = lambda data: map(UNPACK, data)
 
 ITERATOR = """
 import mxnet as mx
-STOP = %r
+STOP, LOOKED = %r, []
 DATA = lambda x, y: mx.io.NDArrayIter(x, y, 25)  # 100 with the padding
 UNPACK, TESTED = (lambda batch: (batch.data[0], batch.label[0])), (lambda data: data)
 """
@@ -2243,7 +2246,7 @@ def test_a_resumed_run_on_ones_own_data_is_the_unbroken_run(tmp_path, head):
     assert whole_state['losses'].points == broken_state['losses'].points
     assert len(whole_state['losses'].points) == 12 if head is ITERATOR else 27
     assert [row[:4] for row in whole_state['history']] == [row[:4] for row in broken_state['history']]
-    assert all(0 <= row[2] <= 1 and 0.5 < row[1] < 1.5 for row in whole_state['history'])
+    assert all(0 <= row[2] <= 1 and 0.2 < row[1] < 2.5 for row in whole_state['history'])
 
 
 def test_each_epoch_has_an_order_of_its_own():
@@ -6069,6 +6072,7 @@ CELLS = """
 import contextlib, utils, itchat, sys, threading, time
 import mxnet as mx
 sys.argv = ['ipykernel_launcher.py', '-f', 'kernel.json']
+utils.Remote.ORPHANED = 0.5
 STUCK, WHO = False, 'first'
 
 def nn_train(wechat_name, params):
@@ -6144,7 +6148,10 @@ def test_a_notebook_outlives_what_is_run_in_it(wechat, tmp_path):
             wechat.ask('开始')
             wechat.wait_text('训练完成', since=since)
             assert f'TRAINS {who} True training' in notebook.output()
-            notebook.run(f'WHO = "second"; {other}')
+            notebook.run(
+                'first, nn_train = nn_train, lambda *args: (globals().update(WHO="second"), first(*args))'
+            )
+            notebook.run(other)
         numbers = [json.loads(p.read_text())['run'] for p in tmp_path.glob('runs/*/end.json')]
         assert sorted(numbers) == [1, 3, 4]  # the second one had nothing to keep
 

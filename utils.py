@@ -4278,7 +4278,6 @@ class Compiler:
     def __call__(self, net, inputs):
         arrays = arrays_in(inputs)
         if not arrays:  # Symbols: another network is being compiled
-            vars(net).pop('hybrid_forward', None)
             if not self.told:
                 self.told = True
                 say(f'speed_up：{net.name} 编译在另一个网络里，照原样算；要加速就 speed_up 外面的那个')
@@ -4588,6 +4587,8 @@ class Team(mx.kvstore.KVStoreBase):
     def part(self, batch: Any, trains: bool = True) -> Any:
         """Return this process's share of a batch, that is of the rows of each array in it."""
         n = batch_size_of(batch) if self.size > 1 else 0
+        if trains and not n and self.size > 1:
+            raise TypeError(f'几个进程一起训练：{type(batch).__name__} 这样的一批没有数组，分不开')
         if trains and n:
             self.called.add('progress')
             self.images = n if n >= self.size else n * self.size
@@ -5032,6 +5033,7 @@ def load_checkpoint(net: Any, trainer: Any) -> tuple:
     learning rate is the one that was announced.
     """
     state = run.resumed
+    seed_epoch(run.seed, state['epoch'] if state else 1)
     if state is None:
         return 1, 0, 0
     where = run.folder or FOLDER  # TMPDIR may have no room; one of the --workers has no folder of the run
@@ -5060,6 +5062,7 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
         state = run.state(*here)
         losses = np.array(run.losses.points)
         is_best = not state['batch'] and run.best() is not None and run.best() is run.history[-1]
+    seed_epoch(run.seed, here[0])
     if team.size > 1:
         add_sums(state)
     even_out(net)
@@ -6165,7 +6168,7 @@ class Remote(itchat.Core):
         self.functionDict = itchat.instance.functionDict  # the handlers that were registered already
         self.line, self.talker = None, None  # the latter: the process, where this one has started it
         self.commands = getattr(itchat.instance, 'commands', None)
-        self.listener, self.trainer = None, None  # threads; the latter where run() has not kept the caller's
+        self.listener, self.trainer = None, None  # threads; the latter where run() does not keep the caller's
         self.jobs = queue.SimpleQueue()  # (nn_train, Run); None at the end
         self.admitted = queue.SimpleQueue()  # the answer to the login
         self.replies, self.numbers = {}, itertools.count()  # number of a call -> where its answer goes
@@ -6255,16 +6258,20 @@ class Remote(itchat.Core):
 
     def run(self, debug: bool = False, blockThread: bool = True) -> None:
         """Train whenever somebody says so, until the end of the program."""
-        if not blockThread and self.trainer is None:
-            atexit.register(lambda: self.line.send('bye', status=int(hasattr(sys, 'last_value'))))
-            self.trainer = threading.Thread(target=self.run, name='training', daemon=True)
-            self.trainer.start()
-        if self.trainer not in (None, threading.current_thread()):
-            if blockThread:
-                self.trainer.join()
-            return
-        with self.taking_signals():
+        if self.trainer is None:
             self.get_ready()
+        if self.trainer is None and blockThread:
+            self.train_all()
+        elif self.trainer is None:
+            atexit.register(lambda: self.line.send('bye', status=int(hasattr(sys, 'last_value'))))
+            self.trainer = threading.Thread(target=self.train_all, name='training', daemon=True)
+            self.trainer.start()
+        elif blockThread:
+            self.trainer.join()
+
+    def train_all(self) -> None:
+        """Do what comes into `jobs`, until the end of the program."""
+        with self.taking_signals():
             while (job := self.jobs.get()) is not None:
                 self.commands.adopt_switches()
                 train(*job)
