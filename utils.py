@@ -6261,8 +6261,13 @@ class Remote(itchat.Core):
         if self.trainer is None:
             self.get_ready()
         if self.trainer is None and blockThread:
+            if INTERACTIVE and (options.console or options.demo):
+                say(
+                    '这里没有地方输入命令：请用 itchat.run(blockThread=False)、itchat.instance.receive("开始")'
+                )
             self.train_all()
         elif self.trainer is None:
+            say('训练在另一个线程里：其中的 DataLoader 不能有工作进程（num_workers 要是 0）。')
             atexit.register(lambda: self.line.send('bye', status=int(hasattr(sys, 'last_value'))))
             self.trainer = threading.Thread(target=self.train_all, name='training', daemon=True)
             self.trainer.start()
