@@ -2249,6 +2249,27 @@ def test_a_resumed_run_on_ones_own_data_is_the_unbroken_run(tmp_path, head):
     assert all(0 <= row[2] <= 1 and 0.2 < row[1] < 2.5 for row in whole_state['history'])
 
 
+DRAWING = """
+    import numpy, random
+    from mxnet import gluon, nd
+    loader = gluon.data.DataLoader(gluon.data.ArrayDataset(list(range(20))), 20, shuffle=True)
+    utils.lock_start()
+    orders = [batch.asnumpy().astype(int).tolist() for _ in range(2) for batch in loader]
+    print('DRAWN', numpy.random.rand(), random.random(), nd.random.uniform().asscalar(), *orders, flush=True)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_same_seed_draws_the_same_without_progress(tmp_path):
+    drawn = []
+    for seed in ('0', '0', '1'):
+        output = in_terminal(tmp_path, DRAWING, '开始\n', '--seed', seed)
+        drawn += re.findall('DRAWN (.*)', output)
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 2
+    first, second = re.findall(r'\[.*?\]', drawn[0])
+    assert first != second and sorted(json.loads(first)) == list(range(20))
+
+
 def test_each_epoch_has_an_order_of_its_own():
     def draw(*numbers):
         utils.seed_epoch(*numbers)

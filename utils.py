@@ -6194,12 +6194,12 @@ class Remote(itchat.Core):
         if self.line is not None:
             return  # there is a session
         make_streams_safe()
+        self.connect()
         with self.taking_signals():
             self.log_in(hotReload, statusStorageDir, callbacks)
 
     def log_in(self, hotReload: bool, statusStorageDir: Optional[str], callbacks: dict) -> None:
         """Do what auto_login() is for."""
-        self.connect()
         self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
         how = {'hotReload': bool(hotReload), 'statusStorageDir': statusStorageDir}
         self.line.send('login', given=vars(options), how={**how, 'callbacks': list(self.callbacks)})
@@ -6248,9 +6248,10 @@ class Remote(itchat.Core):
                     before[number] = signal.signal(number, self.hand_on_signal)
         try:
             yield
-        except KeyboardInterrupt:  # a notebook's second signal
-            self.talker.kill()
-            self.exit(130)
+        except KeyboardInterrupt:
+            if INTERACTIVE:  # the second signal
+                self.talker.kill()
+                self.exit(130)
             raise
         finally:
             for number, handler in before.items() if INTERACTIVE else ():
@@ -6263,7 +6264,7 @@ class Remote(itchat.Core):
         if self.trainer is None and blockThread:
             if INTERACTIVE and (options.console or options.demo):
                 say(
-                    '这里没有地方输入命令：请用 itchat.run(blockThread=False)、itchat.instance.receive("开始")'
+                    '这里不能输入命令：请用 itchat.run(blockThread=False)，再 itchat.instance.receive("开始")'
                 )
             self.train_all()
         elif self.trainer is None:
