@@ -6066,6 +6066,18 @@ def test_ones_own_data_among_several_processes(tmp_path):
     assert len(accuracies) == 2 and all(0 <= float(accuracy) <= 1 for accuracy in accuracies)
 
 
+@pytest.mark.parametrize('head', [GENERATOR, ITERATOR], ids=['dicts', 'NDArrayIter'])
+def test_batches_of_any_kind_are_divided_among_processes(tmp_path, head):
+    told = []
+    for n in ('1', '2'):
+        folder = tmp_path / n
+        folder.mkdir()
+        in_terminal(folder, OWN_LOOP, 'ti 2 lr 0.05\n开始\n', '--workers', n, head=head % (None,))
+        with open(next(folder.glob('runs/*/log.csv'))) as f:
+            told.append([[float(row[i]) for i in (1, 2, 3)] for row in list(csv.reader(f))[1:]])
+    assert np.shape(told) == (2, 2, 3) and np.abs(np.subtract(*told)).max() < 0.02
+
+
 def test_different_data_are_told(tmp_path):
     head = 'SIZES, SHAPE = (4,) * (2 + (utils.role == "follows")), (2,)'
     output = in_terminal(tmp_path, OWN_DATA, '开始\n', '--workers', '2', head=head, status=1)
