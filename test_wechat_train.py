@@ -842,7 +842,16 @@ def test_how_many_examples_a_batch_of_any_kind_holds():
     with mx.util.np_shape(True):
         scalar = scalar.sum().reshape(())
     iterator = mx.io.NDArrayIter(x, scalar if scalar.shape else y, 4)
-    six = (x, y), [x], {'text': ['a'] * 7, 'data': (x, y)}, x, ((x, x), y), (0, [x, y]), x.tostype('csr')
+    six = (
+        (x, y),
+        [x],
+        {'text': ['a'] * 7, 'data': (x, y)},
+        x,
+        ((x, x), y),
+        (0, [x, y]),
+        x.tostype('csr'),
+        [x.asnumpy()],
+    )
     assert [utils.batch_size_of(batch) for batch in six] == [6] * len(six)
     assert [utils.batch_size_of(batch) for batch in iterator] == [4, 4]
     assert [utils.batch_size_of(batch) for batch in (3, 'text', [], None, {}, [1, 2])] == [None] * 6

@@ -4027,7 +4027,9 @@ def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Any = None) -> flo
         if batch is None:  # fewer images than --workers
             continue
         *inputs, label = batch
-        output = net(*map_arrays(lambda array: array.as_in_context(device), inputs))
+        output = net(
+            *map_arrays(lambda x: x.as_in_context(device) if isinstance(x, nd.NDArray) else x, inputs)
+        )
         said, label = classes(output, label)
         wrong = np.flatnonzero(said != label)
         correct += len(label) - len(wrong)
@@ -4057,16 +4059,18 @@ def inputs_and_label(batch: Any) -> list:
     )
 
 
-def one_pass(data: Iterable) -> Iterator:
-    """Return an iterator over all of `data`: one of MXNet's own, like NDArrayIter, begins anew."""
+def one_pass(data: Iterable, start: int = 0, epoch: Optional[int] = None) -> Iterator:
+    """Return an iterator over the batches from number `start` on: an NDArrayIter and its like begin anew."""
+    if isinstance(data, Batches):
+        return data.read(epoch, start)
     if isinstance(data, mx.io.DataIter):
         data.reset()
-    return iter(data)
+    return itertools.islice(data, start, None)
 
 
 def map_arrays(function: Callable, batch: Any) -> Any:
     """Return a batch of any kind, however nested, with function(array) in the place of each array."""
-    if isinstance(batch, nd.NDArray):
+    if isinstance(batch, (nd.NDArray, np.ndarray)):
         return function(batch)
     if isinstance(batch, mx.io.DataBatch):
         mapped = copy.copy(batch)
@@ -4367,8 +4371,10 @@ def forward_in_blocks(net, copying, F, x):
 
 def set_channels(layer, *channels):
     """Let a convolution know how many channels come in: MXNet finds out too late to cut its filters."""
+    known = layer.weight.shape
     layer.weight.shape = layer._channels, *channels, *layer._kwargs['kernel']
-    layer.weight._var = None  # somebody may have asked for it before
+    if layer.weight.shape != known:
+        layer.weight._var = None  # a Symbol that was asked for before does not know
 
 
 def cut(F, part):
@@ -4913,10 +4919,7 @@ def progress(train_data: Iterable) -> Iterator:
     if counted and team.size > 1:
         labels = train_data.labels.tobytes() if isinstance(train_data, Batches) else b''
         compare('训练数据', [total, done, labels])
-    if isinstance(train_data, Batches):
-        batches = train_data.read(epoch, done)
-    else:
-        batches = itertools.islice(one_pass(train_data), done, None)
+    batches = one_pass(train_data, done, epoch)
     name = f'第 {epoch} 轮' if epoch else None
     how = itchat.instance.bar() if team.leads else {'disable': True}
     with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, **how) as bar:
@@ -4996,16 +4999,16 @@ def chat_inf(
     `train_loss` and `train_acc` are sums over the batches of `train_data`, which progress() has counted where
     it has no len(); numbers or NDArrays of one element. After an epoch that 停止 cut short nothing is
     reported. Your own `numbers`, like f1=0.83, stand in the report, in log.csv and in the curve.
-    Raises FloatingPointError when the loss is not finite.
+    Raises FloatingPointError when the loss is not finite, TypeError when nobody knows how many batches.
     """
     global running
     loss, train_acc = team.meet(float(train_loss), float(train_acc))
-    team.check_calls(*['accuracy'] * (not train_acc))
     numbers = {name: float(value) for name, value in numbers.items()}
     with lock:
         if run.is_cut_short():
             return
         run.in_epoch = False
+    team.check_calls(*['accuracy'] * (not train_acc))
     batches = batches_of(train_data)
     loss, train_acc = loss / batches, train_acc / batches
     check_finite(loss)
@@ -6168,7 +6171,7 @@ class Remote(itchat.Core):
         self.functionDict = itchat.instance.functionDict  # the handlers that were registered already
         self.line, self.talker = None, None  # the latter: the process, where this one has started it
         self.commands = getattr(itchat.instance, 'commands', None)
-        self.listener, self.trainer = None, None  # threads; the latter where run() does not keep the caller's
+        self.listener, self.training = None, None  # threads; the latter if run() does not keep the caller's
         self.jobs = queue.SimpleQueue()  # (nn_train, Run); None at the end
         self.admitted = queue.SimpleQueue()  # the answer to the login
         self.replies, self.numbers = {}, itertools.count()  # number of a call -> where its answer goes
@@ -6259,21 +6262,19 @@ class Remote(itchat.Core):
 
     def run(self, debug: bool = False, blockThread: bool = True) -> None:
         """Train whenever somebody says so, until the end of the program."""
-        if self.trainer is None:
+        if self.training is None:
             self.get_ready()
-        if self.trainer is None and blockThread:
+        if self.training is None and blockThread:
             if INTERACTIVE and (options.console or options.demo):
-                say(
-                    '这里不能输入命令：请用 itchat.run(blockThread=False)，再 itchat.instance.receive("开始")'
-                )
+                say('这里不能输入：请用 itchat.run(blockThread=False)，再 itchat.instance.receive("开始")')
             self.train_all()
-        elif self.trainer is None:
+        elif self.training is None:
             say('训练在另一个线程里：其中的 DataLoader 不能有工作进程（num_workers 要是 0）。')
             atexit.register(lambda: self.line.send('bye', status=int(hasattr(sys, 'last_value'))))
-            self.trainer = threading.Thread(target=self.train_all, name='training', daemon=True)
-            self.trainer.start()
+            self.training = threading.Thread(target=self.train_all, name='training', daemon=True)
+            self.training.start()
         elif blockThread:
-            self.trainer.join()
+            self.training.join()
 
     def train_all(self) -> None:
         """Do what comes into `jobs`, until the end of the program."""
