@@ -3017,6 +3017,16 @@ FORKING = """
     if not child:
         time.sleep(3600)
     print('CHILD', child, os.getcwd(), threading.current_thread() is threading.main_thread(), flush=True)
+    woken, wake = os.pipe()
+    other = os.fork()
+    if not other:  # a signal comes to another thread, as it may in a DataLoader's worker
+        threading.Thread(target=time.sleep, args=(3600,)).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        os.write(wake, b'!')
+        time.sleep(3600)
+    os.read(woken, 1)
+    os.kill(other, signal.SIGTERM)
+    print('ENDED', os.waitpid(other, 0)[1], flush=True)
     os.chdir('/')
     data = gluon.data.ArrayDataset(list(range(20)))
     loader = gluon.data.DataLoader(data, 5, num_workers=1)
@@ -3030,12 +3040,15 @@ FORKING = """
 
 def test_what_works_in_a_script_works_in_nn_train(wechat, tmp_path):
     """The main thread, workers, another folder; nothing that it has started outlives it."""
-    script = own_script(tmp_path, FORKING, head='from mxnet import gluon\nprint("HEAD", flush=True)')
+    script = own_script(
+        tmp_path, FORKING, head='import signal\nfrom mxnet import gluon\nprint("HEAD", flush=True)'
+    )
     with Program(tmp_path, env=wechat.env(), script=script) as program:
         wechat.ready()
         wechat.ask('开始')
         wechat.wait_text('第 1/2 轮')
         assert program.output().count('HEAD') == 1 and 'SUM 190.0' in program.output()
+        assert f'ENDED {signal.SIGTERM:d}' in program.output()
         child = int(re.search(f'CHILD (\\d+) {tmp_path} True', program.output())[1])
         wechat.wait(lambda: list(tmp_path.glob('runs/*/log.csv')))
         assert (tmp_path / 'itchat.pkl').exists()

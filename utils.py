@@ -6488,10 +6488,7 @@ class Remote(itchat.Core):
 
     def hand_on_signal(self, number: int, frame: Any) -> None:
         """Have the program end in order; at once at a second signal, a second later or more."""
-        if os.getpid() != process_number:  # a worker of a DataLoader, say, which has inherited this
-            if number != signal.SIGINT:  # that goes to all of a terminal's; this batch is still to be done
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+        if os.getpid() != process_number:  # a worker of a DataLoader, say: this batch is still to be done
             return
         now = time.monotonic()
         if self.signal_came and now - self.signal_came > 1:
@@ -6584,6 +6581,16 @@ for name, value in list(vars(itchat).items()):
         if name not in vars(Remote) and name not in ('msg_register', 'configured_reply'):
             setattr(Remote, name, remote(name))
 
+
+def forget_signals() -> None:
+    """Let what ends any process end one that was forked, a DataLoader's worker, say, at once: Python's own
+    handler would wait until the main thread wakes, and the signal may have come to one of MXNet's threads."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if getattr(signal.getsignal(number), '__func__', None) is Remote.hand_on_signal:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=forget_signals)
 process_number = os.getpid()
 place = Place(int(role_words[1]) if role == 'trains' else -1)
 settings = Settings()
