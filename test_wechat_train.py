@@ -6,6 +6,7 @@ the server -> a program under test -> tests of the helpers -> of the parser -> o
 """
 
 import ast
+import collections
 import contextlib
 import copy
 import csv
@@ -779,14 +780,86 @@ def test_download_goes_on_at_the_next_mirror_and_fetches_damaged_files_again(
     wechat.faults.clear()  # the 404s of the mirrors
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
-def test_accuracy_equals_numpy(n, classes, seed):
+@given(
+    st.integers(1, 40),
+    st.integers(2, 12),
+    st.integers(0, 10**6),
+    st.sampled_from([(-1,), (-1, 1), (1, -1), (1, -1, 1)]),
+    st.sampled_from(['float32', 'float16', 'float64']),
+    st.sampled_from(['float32', 'float16', 'float64', 'int8', 'uint8', 'int32', 'int64']),
+)
+@settings(max_examples=100, deadline=None)
+def test_accuracy_equals_numpy(n, classes, seed, shape, of_output, of_label):
+    """Whatever the shape of the N labels, and of whatever type the numbers are."""
     rng = np.random.RandomState(seed)
     output, label = rng.permutation(n * classes).reshape(n, classes), rng.randint(classes, size=n)
     expected = np.mean(output.argmax(axis=1) == label)
-    got = utils.accuracy(nd.array(output, dtype='float32'), nd.array(label, dtype='float32'))
-    assert float(got) == pytest.approx(expected, abs=1e-6)
+    output, label = nd.array(output, dtype=of_output), nd.array(label.reshape(shape), dtype=of_label)
+    assert float(utils.accuracy(output, label)) == pytest.approx(expected, abs=1e-6)
+    assert utils.evaluate_accuracy([(output, label)], lambda data: data) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize('shapes', [((4, 3), (5,)), ((4, 3), (4, 3)), ((4, 3, 2), (4, 2)), ((4, 1), (4,))])
+def test_an_accuracy_of_what_does_not_fit_says_both_shapes(shapes):
+    with pytest.raises(ValueError) as raised:
+        utils.accuracy(*map(nd.zeros, shapes))
+    assert str(shapes[0]) in str(raised.value) and str(shapes[1]) in str(raised.value)
+
+
+class Summing(gluon.Block):
+    """Computes with however many inputs, also when they come in a list."""
+
+    def forward(self, *inputs):
+        inputs = inputs[0] if isinstance(inputs[0], tuple) else inputs
+        return sum(inputs[1:], inputs[0])
+
+
+def test_the_accuracy_of_whatever_a_tutorial_iterates_over():
+    rng = np.random.RandomState(0)
+    data, label = rng.rand(10, 5).astype(np.float32), rng.randint(5, size=10)
+    expected = np.mean(data.argmax(axis=1) == label)
+    parts = [slice(i, i + 4) for i in (0, 4, 8)]
+    batches = [(nd.array(data[part]), nd.array(label[part], dtype='int32')) for part in parts]
+    padded = mx.io.NDArrayIter(data, label, 4)  # its last batch has two images of the first
+    zeros = [nd.zeros_like(x) for x, _ in batches]
+    kinds = {
+        'NDArrayIter': padded,
+        'NDArrayIter, at its end': padded,
+        'a named tuple': [collections.namedtuple('Batch', 'x y')(*batch) for batch in batches],
+        'a length between': [(x, zero, y.reshape((-1, 1))) for (x, y), zero in zip(batches, zeros)],
+        'a list of inputs': [((x, zero), y) for (x, y), zero in zip(batches, zeros)],
+        'a generator': (batch for batch in batches),
+    }
+    for kind, iterator in kinds.items():
+        for ctx in (None, mx.cpu(), [mx.cpu()]) if kind != 'a generator' else ([mx.cpu(0), mx.cpu(1)],):
+            assert utils.evaluate_accuracy(iterator, Summing(), ctx) == expected, kind
+    with pytest.raises(ValueError, match='一批数据也没有'):
+        utils.evaluate_accuracy(kinds['a generator'], Summing())
+    with pytest.raises(TypeError, match='一个 NDArray，现在是 tuple'):
+        utils.evaluate_accuracy(batches, lambda data: (data, data))
+    for batch in ({'data': batches[0][0], 'label': batches[0][1]}, batches[0][0], [batches[0][0]]):
+        with pytest.raises(TypeError, match=f'每一批要是 .data, label.*{type(batch).__name__}'):
+            utils.evaluate_accuracy([batch], Summing())
+
+
+def test_how_many_examples_a_batch_of_any_kind_holds():
+    x, y, scalar = nd.zeros((6, 2)), nd.zeros((6, 1)), nd.zeros(6)
+    with mx.util.np_shape(True):
+        scalar = scalar.sum().reshape(())
+    iterator = mx.io.NDArrayIter(x, scalar if scalar.shape else y, 4)
+    six = (
+        (x, y),
+        [x],
+        {'text': ['a'] * 7, 'data': (x, y)},
+        x,
+        ((x, x), y),
+        (0, [x, y]),
+        x.tostype('csr'),
+        [x.asnumpy()],
+    )
+    assert [utils.batch_size_of(batch) for batch in six] == [6] * len(six)
+    assert [utils.batch_size_of(batch) for batch in iterator] == [4, 4]
+    assert [utils.batch_size_of(batch) for batch in (3, 'text', [], None, {}, [1, 2])] == [None] * 6
 
 
 def test_evaluate_accuracy_equals_numpy_with_a_smaller_last_batch():
@@ -2108,6 +2181,196 @@ def own_script(folder, nn_train, main=MAIN, head=''):
 WITH_OPTIONS = MAIN.replace("__main__':\n", "__main__':\n    utils.parse_args()\n")
 
 
+OWN_LOOP = """
+    import random
+    import numpy as np
+    from mxnet import autograd, gluon, nd
+    features, labels = np.random.RandomState(5).rand(90, 4), np.arange(90) % 3
+    train_data, test_data = DATA(features, labels), DATA(features, labels)
+    net = gluon.nn.HybridSequential()
+    net.add(gluon.nn.Dense(8, activation='tanh'), gluon.nn.Dense(3))
+    loss_fn = gluon.loss.SoftmaxCrossEntropyLoss()
+    utils.speed_up(net, loss_fn)
+    net.initialize(ctx=[mx.cpu()])
+    trainer = gluon.Trainer(net.collect_params(), 'adam', {'learning_rate': params[0]}, utils.store())
+    epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        weight = random.uniform(0.5, 1) + np.random.rand()  # of this epoch
+        np.random.rand(0 if LOOKED else 9)  # at something, once in a process
+        LOOKED.append(epoch)
+        for i, batch in enumerate(utils.progress(train_data)):
+            x, y = UNPACK(batch)
+            x, y = x.as_in_context(mx.cpu()), y.as_in_context(mx.cpu())
+            with autograd.record():
+                output = net(x)
+                loss = loss_fn(output, y) * weight
+            loss.backward()
+            trainer.step(utils.total(x.shape[0]))
+            train_acc += utils.accuracy(output, y)
+            train_loss += utils.batch_loss(loss)
+            if [epoch, i] == STOP:
+                itchat.instance.receive('停止')
+        test_acc = utils.evaluate_accuracy(TESTED(test_data), net, ctx=[mx.cpu()])
+        utils.chat_inf(wechat_name, epoch, train_loss, train_acc, train_data, test_acc)
+        epoch, train_loss, train_acc = utils.save_checkpoint(net, trainer, epoch, train_loss, train_acc)
+    utils.lock_end(wechat_name)
+"""
+
+LOADER = """
+import mxnet as mx, random, numpy as np
+from mxnet import gluon, nd
+STOP, LOOKED = %r, []
+
+class Data(gluon.data.Dataset):
+    "Each example is changed a little by every generator there is."
+    def __init__(self, x, y):
+        self.x, self.y = x.astype('float32'), y.astype('float32')
+    def __len__(self):
+        return len(self.y)
+    def __getitem__(self, i):
+        noise = [random.random(), np.random.rand(), float(nd.random.uniform().asscalar())]
+        return self.x[i] + np.float32(sum(noise) if ALONE else 0), self.y[i : i + 1]
+
+DATA = lambda x, y: gluon.data.DataLoader(Data(x, y), 10, shuffle=True, num_workers=0 if ALONE else 2)
+UNPACK, TESTED = (lambda batch: batch), (lambda data: data)
+"""
+
+GENERATOR = """
+import mxnet as mx, random
+from mxnet import nd
+STOP, LOOKED = %r, []
+
+class Shuffled:
+    "As in the first chapters of d2l; len() is said to be unknown."
+    def __init__(self, x, y):
+        self.x, self.y = x.astype('float32'), y.astype('int64')
+    def __len__(self):
+        raise TypeError('unknown')
+    def __iter__(self):
+        order = list(range(90))
+        random.shuffle(order)
+        for i in range(0, 90, 10):
+            chosen = order[i : i + 10]
+            yield {'features': [nd.array(self.x[chosen])], 'label': nd.array(self.y[chosen])}
+
+DATA, UNPACK = Shuffled, lambda batch: (batch['features'][0], batch['label'])
+TESTED = lambda data: map(UNPACK, data)
+"""
+
+ITERATOR = """
+import mxnet as mx
+STOP, LOOKED = %r, []
+DATA = lambda x, y: mx.io.NDArrayIter(x, y, 25)  # 100 with the padding
+UNPACK, TESTED = (lambda batch: (batch.data[0], batch.label[0])), (lambda data: data)
+"""
+
+
+@pytest.mark.parametrize(
+    'head',
+    [f'ALONE = True\n{LOADER}', f'ALONE = False\n{LOADER}', GENERATOR, ITERATOR],
+    ids=['a loader', 'its processes', 'a generator of dicts', 'NDArrayIter'],
+)
+def test_a_resumed_run_on_ones_own_data_is_the_unbroken_run(tmp_path, head):
+    """Every example once in an epoch, in an order of its own, the same whenever the seed is."""
+    results = []
+    for name, stops in (('unbroken', [None]), ('broken', [[2, 2], None])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for stop, typed in zip(stops, ('ti 3 lr 0.05\n开始\n', '继续\n')):
+            output = in_terminal(folder, OWN_LOOP, typed, head=head % (stop,))
+            assert ('第 2 轮到第 3/' in output) == (name == 'broken')
+        [path] = folder.glob('runs/*/last.zip')
+        results.append((parameters(str(path)), utils.read_checkpoint(str(path))))
+    (whole, whole_state), (broken, broken_state) = results
+    assert len(whole) == 4 and all(np.array_equal(whole[name], broken[name]) for name in whole)
+    assert whole_state['losses'].points == broken_state['losses'].points
+    assert len(whole_state['losses'].points) == 12 if head is ITERATOR else 27
+    assert [row[:4] for row in whole_state['history']] == [row[:4] for row in broken_state['history']]
+    assert all(0 <= row[2] <= 1 and 0.2 < row[1] < 2.5 for row in whole_state['history'])
+
+
+DRAWING = """
+    import numpy, random
+    from mxnet import gluon, nd
+    loader = gluon.data.DataLoader(gluon.data.ArrayDataset(list(range(20))), 20, shuffle=True)
+    utils.lock_start()
+    orders = [batch.asnumpy().astype(int).tolist() for _ in range(2) for batch in loader]
+    print('DRAWN', numpy.random.rand(), random.random(), nd.random.uniform().asscalar(), *orders, flush=True)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_same_seed_draws_the_same_without_progress(tmp_path):
+    drawn = []
+    for seed in ('0', '0', '1'):
+        output = in_terminal(tmp_path, DRAWING, '开始\n', '--seed', seed)
+        drawn += re.findall('DRAWN (.*)', output)
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 2
+    first, second = re.findall(r'\[.*?\]', drawn[0])
+    assert first != second and sorted(json.loads(first)) == list(range(20))
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    def draw(*numbers):
+        utils.seed_epoch(*numbers)
+        return np.random.rand(), random.random(), float(nd.random.uniform().asscalar())
+
+    drawn = [draw(seed, epoch) for seed in (0, 1, -1, 2**40) for epoch in (0, 1, 2)]
+    assert drawn == [draw(seed, epoch) for seed in (0, 1, -1, 2**40) for epoch in (0, 1, 2)]
+    assert all(len(set(column)) == len(drawn) for column in zip(*drawn))
+
+
+def test_a_length_that_nobody_knows_is_asked_for(tmp_path):
+    output = in_terminal(
+        tmp_path, 'utils.lock_start(); utils.chat_inf(wechat_name, 1, 1, 1, iter([]), 1)', '开始\n', status=1
+    )
+    assert 'TypeError: 不知道这一轮有几批：train_data 没有 len()' in output
+
+
+SWITCHED = """
+    import mxnet as mx
+    print('SWITCHES', mx.util.is_np_array(), mx.util.is_np_shape(), mx.autograd.is_training(),
+          mx.current_context(), threading.current_thread() is threading.main_thread(), flush=True)
+    train_data, test_data = utils.load_data_fashion_mnist(params[2])
+    net = mx.gluon.nn.HybridSequential()
+    net.add(mx.gluon.nn.Flatten(), mx.gluon.nn.Dense(10))
+    utils.speed_up(net)
+    net.initialize()
+    trainer = mx.gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1}, utils.store())
+    loss_fn = mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)
+    utils.lock_start()
+    for data, label in train_data:
+        data, label = (array.as_in_context(mx.current_context()) for array in (data, label))
+        with mx.autograd.record():
+            output = net(data)
+            loss = loss_fn(output, label)
+        loss.backward()
+        trainer.step(utils.total(data.shape[0]))
+        train_acc += utils.accuracy(output, label)
+        train_loss += utils.batch_loss(loss)
+    test_acc = utils.evaluate_accuracy(test_data, net, [mx.current_context()])
+    utils.chat_inf(wechat_name, 1, train_loss, train_acc, train_data, test_acc)
+    utils.save_checkpoint(net, trainer, 1, train_loss, train_acc)
+    utils.lock_end(wechat_name)
+"""
+
+
+@pytest.mark.parametrize('how', ['as a script', 'by two processes', 'in another thread'])
+def test_the_switches_of_a_script_are_its_nn_trains(tmp_path, how):
+    """npx.set_np(), the device, training mode: MXNet keeps them for each thread."""
+    head = 'import mxnet as mx\nmx.npx.set_np(); mx.cpu(1).__enter__(); mx.autograd.set_training(True)'
+    main = WITH_OPTIONS.replace('itchat.run()', 'itchat.run(blockThread=False); threading.Event().wait()')
+    main = main if how == 'in another thread' else WITH_OPTIONS
+    options = ('--workers', '2') if how == 'by two processes' else ()
+    script = own_script(tmp_path, SWITCHED, main, head)
+    with Program(tmp_path, '--demo', *options, script=script) as program:
+        status, output = program.types('bs 500\n开始\n')
+    assert status == 0, output
+    assert f'SWITCHES True True True cpu(1) {how != "in another thread"}' in output
+    assert '第 1/2 轮' in output and output.count('speed_up：') <= 2
+
+
 # ------------------------------------------------------------------------------------------- faults
 
 
@@ -2786,6 +3049,16 @@ FORKING = """
     if not child:
         time.sleep(3600)
     print('CHILD', child, os.getcwd(), threading.current_thread() is threading.main_thread(), flush=True)
+    woken, wake = os.pipe()
+    other = os.fork()
+    if not other:  # a signal comes to another thread, as it may in a DataLoader's worker
+        threading.Thread(target=time.sleep, args=(3600,)).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        os.write(wake, b'!')
+        time.sleep(3600)
+    os.read(woken, 1)
+    os.kill(other, signal.SIGTERM)
+    print('ENDED', os.waitpid(other, 0)[1], flush=True)
     os.chdir('/')
     data = gluon.data.ArrayDataset(list(range(20)))
     loader = gluon.data.DataLoader(data, 5, num_workers=1)
@@ -2799,12 +3072,15 @@ FORKING = """
 
 def test_what_works_in_a_script_works_in_nn_train(wechat, tmp_path):
     """The main thread, workers, another folder; nothing that it has started outlives it."""
-    script = own_script(tmp_path, FORKING, head='from mxnet import gluon\nprint("HEAD", flush=True)')
+    script = own_script(
+        tmp_path, FORKING, head='import signal\nfrom mxnet import gluon\nprint("HEAD", flush=True)'
+    )
     with Program(tmp_path, env=wechat.env(), script=script) as program:
         wechat.ready()
         wechat.ask('开始')
         wechat.wait_text('第 1/2 轮')
         assert program.output().count('HEAD') == 1 and 'SUM 190.0' in program.output()
+        assert f'ENDED {signal.SIGTERM:d}' in program.output()
         child = int(re.search(f'CHILD (\\d+) {tmp_path} True', program.output())[1])
         wechat.wait(lambda: list(tmp_path.glob('runs/*/log.csv')))
         assert (tmp_path / 'itchat.pkl').exists()
@@ -5692,6 +5968,140 @@ def test_speed_up_of_a_network_of_numpy_arrays_compiles_it():
         assert net(mx.np.ones((2, 3))).shape == (2, 8) and net._cached_op is not None
 
 
+class Within(gluon.HybridBlock):
+    """A network that has the tutorial's within."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = cnn(nn.HybridSequential(), NETWORKS['the tutorial']), nn.Dense(3)
+
+    def hybrid_forward(self, F, x):
+        return self.outer(self.inner(x))
+
+
+@pytest.mark.parametrize('compiled_first', [False, True])
+def test_speed_up_within_another_network_that_is_compiled(compiled_first, capsys):
+    """It leaves it alone and says so once; outputs and gradients are the plain ones."""
+    net, data = Within(), nd.random.uniform(shape=(64, 1, 28, 28))
+    net.initialize()
+
+    def compute():
+        with autograd.record():
+            output = net(data)
+        output.backward()
+        return [output.asnumpy(), *(p.grad().asnumpy() for p in net.collect_params().values())]
+
+    plain = compute()
+    utils.speed_up(net.inner)
+    if compiled_first:
+        net.inner(data)
+    net.hybridize()
+    for _ in range(2):
+        assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(compute(), plain))
+    inner = net.inner(data).asnumpy()
+    net.inner(mx.sym.var('data'))
+    assert capsys.readouterr().out.count('speed_up：') == 1
+    net.hybridize(False)
+    assert np.abs(net.inner(data).asnumpy() - inner).max() < 1e-5
+    utils.speed_up(net)
+    assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(compute(), plain))
+
+
+def test_speed_up_of_a_network_that_was_a_symbol_first(tmp_path):
+    """Drawn before its first batch, exported, and imported again as a SymbolBlock."""
+    net, data = cnn(nn.HybridSequential(), NETWORKS['the tutorial']), nd.random.uniform(shape=(64, 1, 28, 28))
+    utils.speed_up(net)
+    net.initialize()
+    drawn = net(mx.sym.var('data')).list_arguments()
+    output = net(data).asnumpy()
+    assert net(mx.sym.var('data')).list_arguments() == drawn
+    net.export(str(tmp_path / 'net'))
+    paths = str(tmp_path / 'net-symbol.json'), ['data'], str(tmp_path / 'net-0000.params')
+    imported = gluon.SymbolBlock.imports(*paths)
+    utils.speed_up(imported)
+    for images in (data, data[:7]):
+        assert np.abs(imported(images).asnumpy() - output[: len(images)]).max() < 1e-5
+
+
+def test_speed_up_leaves_alone_what_cannot_be_compiled_and_says_so(capsys):
+    net, data = nn.Sequential(), nd.random.uniform(shape=(4, 6))
+    net.add(nn.Dense(3, activation='relu'))
+    net.initialize()
+    plain = net(data).asnumpy()
+    utils.speed_up(net, lambda output, label: output - label)
+    said = capsys.readouterr().out
+    assert 'Sequential 不是' in said and 'function 不是' in said and said.count('speed_up') == 2
+    assert np.array_equal(net(data).asnumpy(), plain) and not net._forward_pre_hooks
+
+
+class TwoInputs(gluon.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Dense(3, activation='relu')
+
+    def hybrid_forward(self, F, x, others):
+        return self.dense(x) * self.dense(others[0])
+
+
+class Overriding(gluon.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Dense(3)
+
+    def forward(self, x):
+        return self.dense(x).reshape((x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+    'make, inputs',
+    [
+        (TwoInputs, (nd.ones((2, 4)), [nd.ones((2, 4))])),
+        (Overriding, (nd.ones((2, 4)),)),
+        (nn.HybridSequential, (nd.ones((2, 4)),)),
+        (lambda: gluon.rnn.LSTM(3), (nd.ones((5, 2, 4)),)),
+        (lambda: gluon.model_zoo.vision.resnet18_v1(thumbnail=True), (nd.ones((2, 3, 32, 32)),)),
+    ],
+    ids=['several inputs, one a list', 'its own forward()', 'no layers', 'an LSTM', 'of the zoo'],
+)
+def test_speed_up_of_whatever_a_person_may_have(make, inputs):
+    net = make()
+    net.initialize()
+    plain = net(*inputs).asnumpy()
+    utils.speed_up(net)
+    assert all(np.abs(net(*inputs).asnumpy() - plain).max() < 1e-5 for _ in range(2))
+
+
+WITH_AMP = """
+import utils
+import numpy as np
+from mxnet import autograd, gluon, nd
+from mxnet.contrib import amp
+from mxnet.gluon import nn
+
+amp.init('bfloat16')
+net, loss = nn.HybridSequential(), gluon.loss.L2Loss()
+net.add(nn.Conv2D(20, 5), nn.MaxPool2D(), nn.Conv2D(20, 5), nn.MaxPool2D(), nn.Dense(10))
+utils.speed_up(net, loss)
+net.initialize()
+data, label = nd.random.uniform(shape=(64, 1, 28, 28)), nd.arange(64).reshape((64, 1)) % 10
+with autograd.record():
+    output = net(data)
+    mean = loss(output, output.zeros_like())
+mean.backward()
+share = utils.accuracy(output, label)
+print('BITS', np.dtype(output.dtype).itemsize * 8, 0 <= share <= 1, 0 < utils.batch_loss(mean) < 10)
+print('SAME', utils.evaluate_accuracy([(data, label)], net, utils.try_gpu()) == share)
+"""
+
+
+def test_mixed_precision(tmp_path):
+    (tmp_path / 'amp.py').write_text(WITH_AMP)
+    with Program(tmp_path, python=('-c', 'import runpy; runpy.run_path("amp.py")')) as program:
+        status, output = program.types('')
+    assert status == 0 and 'BITS 16 True True' in output and 'SAME True' in output, output
+    assert output.count('speed_up：') == 1
+
+
 def test_a_network_keeps_few_compiled_forms(monkeypatch):
     monkeypatch.setattr(utils, 'threads', utils.Threads(9, tries=True))
     net = nn.HybridSequential()
@@ -6749,9 +7159,73 @@ TUTORIALS_CALLS = """
 
 
 def test_a_function_for_one_process_is_refused_by_several(tmp_path):
-    output = in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '2')
-    assert 'utils.store、utils.total、utils.accuracy、utils.batch_loss' in output and '第 1' not in output
+    output = in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '2', status=1)
+    assert 'utils.store、utils.total、utils.accuracy、utils.batch_loss' in output and '第 1/' not in output
     assert '训练完成' in in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '1')
+
+
+HIDDEN = """
+import functools
+from mxnet import autograd, gluon, nd
+from utils import store as summing
+tool, per_cent = utils, lambda *both: 100 * utils.accuracy(*both)
+
+def logged(function):
+    return lambda *args: function(*args)
+
+class Learner:
+    "Nothing that is called here can be seen in the code of what chat_supervisor() is given."
+    def __init__(self, missing=''):
+        self.missing = missing
+    @logged
+    def __call__(self, n, wechat_name, params):
+        self.net = gluon.nn.Dense(2)
+        self.net.initialize()
+        self.net.collect_params().setattr('grad_req', 'add')
+        kvstore = summing() if self.missing != 'store' else 'device'
+        self.trainer = gluon.Trainer(self.net.collect_params(), 'sgd', {'learning_rate': 0.1}, kvstore)
+        self.data = [{'x': nd.random.normal(shape=(n, 3)), 'y': nd.arange(n) % 2} for _ in range(4)]
+        self.epoch, *self.sums = utils.load_checkpoint(self.net, self.trainer)
+        while utils.lock_start() and self.epoch <= 2:
+            self.train_epoch()
+            utils.chat_inf(wechat_name, self.epoch, *self.sums, self.data, 0.5)
+            self.epoch, *self.sums = utils.save_checkpoint(self.net, self.trainer, self.epoch, *self.sums)
+        utils.lock_end(wechat_name)
+    def train_epoch(self):
+        for i, batch in enumerate(utils.progress(self.data)):
+            print('ROWS', len(batch['x']), len(batch['y']), flush=True)
+            with autograd.record():
+                output = self.net(batch['x'])
+                loss = gluon.loss.SoftmaxCrossEntropyLoss()(output, batch['y'])
+            loss.backward()
+            self.sums[0] += tool.batch_loss(loss)
+            self.sums[1] += per_cent(output, batch['y']) / 100 if self.missing != 'accuracy' else 0.5
+            if i % 2 or self.missing:  # the gradients of two batches
+                self.step(2 * (tool.total(len(batch['x'])) if self.missing != 'total' else 8))
+    def step(self, n):
+        self.trainer.step(n)
+        self.net.collect_params().zero_grad()
+"""
+
+
+def hidden(folder, train):
+    main = WITH_OPTIONS.replace('nn_train)', f'functools.partial({train}, 8))')
+    script = own_script(folder, 'pass', main, HIDDEN)
+    with Program(folder, '--console', '--workers', '2', script=script) as program:
+        return program.types('开始\n')
+
+
+def test_what_a_function_calls_counts_not_how_it_is_written(tmp_path):
+    status, output = hidden(tmp_path, 'Learner()')
+    assert status == 0 and '训练完成\n完成 2/2 轮' in output, output
+    assert output.count('ROWS 4 4') == 8  # the other process prints nowhere
+
+
+@pytest.mark.parametrize('missing, batches', [('total', 1), ('accuracy', 4)])
+def test_what_is_missing_is_told_after_the_first_batch(tmp_path, missing, batches):
+    status, output = hidden(tmp_path, f'Learner({missing!r})')
+    assert status == 1 and f'训练函数要调用 utils.{missing}（见 README）' in output, output
+    assert output.count('ROWS') == batches and '第 1/' not in output
 
 
 OWN_DATA = """
@@ -6796,6 +7270,18 @@ def test_ones_own_data_among_several_processes(tmp_path):
     assert len(accuracies) == 2 and all(0 <= float(accuracy) <= 1 for accuracy in accuracies)
 
 
+@pytest.mark.parametrize('head', [GENERATOR, ITERATOR], ids=['dicts', 'NDArrayIter'])
+def test_batches_of_any_kind_are_divided_among_processes(tmp_path, head):
+    told = []
+    for n in ('1', '2'):
+        folder = tmp_path / n
+        folder.mkdir()
+        in_terminal(folder, OWN_LOOP, 'ti 2 lr 0.05\n开始\n', '--workers', n, head=head % (None,))
+        with open(next(folder.glob('runs/*/log.csv'))) as f:
+            told.append([[float(row[i]) for i in (1, 2, 3)] for row in list(csv.reader(f))[1:]])
+    assert np.shape(told) == (2, 2, 3) and np.abs(np.subtract(*told)).max() < 0.02
+
+
 def test_different_data_are_told(tmp_path):
     head = 'SIZES, SHAPE = (4,) * (2 + (utils.role == "follows")), (2,)'
     output = in_terminal(tmp_path, OWN_DATA, '开始\n', '--workers', '2', head=head, status=1)
@@ -6815,6 +7301,118 @@ def test_wrong_options_of_several_processes(tmp_path, options, why):
     with Program(tmp_path, *options.split()) as program:
         status, output = program.types('')
     assert status == 2 and why in output
+
+
+# -------------------------------------------------------------------------------------- notebooks
+
+CELLS = """
+import contextlib, utils, itchat, sys, threading, time
+import mxnet as mx
+sys.argv = ['ipykernel_launcher.py', '-f', 'kernel.json']
+utils.Remote.ORPHANED = 0.5
+STUCK, WHO = False, 'first'
+
+def nn_train(wechat_name, params):
+    epoch = 1
+    print('TRAINS', WHO, mx.util.is_np_array(), threading.current_thread().name, flush=True)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for _ in utils.progress(range(50)):
+            time.sleep(3600 if STUCK else 0.01)
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 0.5)
+        epoch += 1
+    utils.lock_end(wechat_name)
+
+"""
+CELL = 'utils.parse_args(); utils.chat_supervisor(nn_train); itchat.auto_login(hotReload=True); itchat.run()'
+
+
+class Notebook(Program):
+    """An interactive Python: it has no file, and what runs in it does not end it."""
+
+    def __init__(self, folder, **how):
+        super().__init__(folder, script='-q', python=('-i',), **how)
+        self.cells = 0
+        self.run(CELLS)
+
+    def type_cell(self, text):
+        """Run a cell; return at once."""
+        self.cells += 1
+        self.process.stdin.write(f'{text}\nprint("CELL", {self.cells})\n')
+        self.process.stdin.flush()
+
+    def run(self, text):
+        """Run a cell, wait for its end, return all output so far."""
+        self.type_cell(text)
+        return self.end_of_cell()
+
+    def end_of_cell(self):
+        self.wait_output(f'CELL {self.cells}\n')
+        return self.output()
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+
+
+def test_a_notebook_outlives_what_is_run_in_it(wechat, tmp_path):
+    """The same cell twice; two interrupts; another thread, whose nn_train is changed; a death."""
+    with Notebook(tmp_path, env=wechat.env()) as notebook:
+        notebook.type_cell(CELL)
+        wechat.ready()
+        wechat.ask('ti 3')
+        wechat.ask('开始')
+        wechat.wait_text('第 1/3 轮')
+        notebook.interrupt()
+        assert '会话结束了；再运行一次，就再登录' in notebook.end_of_cell()
+        assert wechat.wait_text('训练已停止')
+
+        wechat.receiving, since = 0, len(wechat.heard())
+        notebook.type_cell(f'STUCK = True; {CELL}')
+        wechat.ready()
+        wechat.ask('开始')
+        notebook.wait_output('TRAINS', 2)
+        notebook.interrupt()
+        time.sleep(1.1)  # a second one within a second is the same
+        notebook.interrupt()
+        assert 'KeyboardInterrupt' in wechat.wait_text('训练出错', since=since)
+        notebook.end_of_cell()
+
+        wechat.receiving = 0
+        other = CELL.replace('run()', 'run(blockThread=False)')
+        notebook.run(f'STUCK = False; mx.npx.set_np(); {other}')
+        wechat.ready()
+        for who in ('first', 'second'):
+            since = len(wechat.heard())
+            wechat.ask('开始')
+            wechat.wait_text('训练完成', since=since)
+            assert f'TRAINS {who} True training' in notebook.output()
+            notebook.run(
+                'first, nn_train = nn_train, lambda *args: (globals().update(WHO="second"), first(*args))'
+            )
+            notebook.run(other)
+        numbers = [json.loads(p.read_text())['run'] for p in tmp_path.glob('runs/*/end.json')]
+        assert sorted(numbers) == [1, 3, 4]  # the second one had nothing to keep
+
+        notebook.run('itchat.instance.talker.kill()')
+        notebook.wait_output('会话结束了', 3)
+        wechat.receiving = 0
+        notebook.run(other)
+        wechat.ready()
+        assert '轮数 ti = 3' in wechat.ask('参数')
+        output = notebook.run('print("THREADS", [t.name for t in threading.enumerate()].count("training"))')
+        assert 'THREADS 1' in output and 'SystemExit' not in output
+
+
+def test_what_a_notebook_cannot_do_is_one_line(tmp_path):
+    """Several processes; without WeChat, commands come from cells."""
+    with Notebook(tmp_path) as notebook:
+        assert '--workers：几个进程各自运行同一个脚本，笔记本里不行' in notebook.run(
+            'with contextlib.suppress(SystemExit): utils.parse_args(["--workers", "2"])\n'  # as notebooks do
+        )
+        cell = CELL.replace('run()', 'run(blockThread=False)').replace('()', '(["--console"])', 1)
+        notebook.run(f'{cell}; itchat.instance.receive("lr 0.25")')
+        notebook.wait_output('lr = 0.25')
+        notebook.run('itchat.instance.receive("开始")')
+        notebook.wait_output('训练完成')
 
 
 # ----------------------------------------------------------------------------------- the command line

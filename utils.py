@@ -3979,12 +3979,14 @@ if TALKS:
 # ------------------------------------------------------------------------------------- before MXNet
 
 import atexit
+import copy
 import ctypes
 import faulthandler
 import gc
 import gzip
 import importlib.util
 import inspect
+import operator
 import statistics
 import zlib
 
@@ -4077,14 +4079,21 @@ from mxnet.gluon.contrib import estimator
 # --------------------------------------------------------------------------------- the command line
 
 
+INTERACTIVE = hasattr(sys, 'ps1') or bool(sys.flags.interactive)  # a notebook, too: it outlives a program
+
+
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     """Read the command line (or `argv`) into `options`; the talking process hears of them at the login.
 
     A training script calls this once, before chat_supervisor(). Ends the program with status 2, after a line
-    that says why, when an option is wrong.
+    that says why, when an option is wrong. A notebook's cell has no command line.
     """
     make_streams_safe()
     parser = make_parser()
+    for name in (*FLAGS, *OPTIONS) if INTERACTIVE else ():  # what another cell has said
+        delattr(options, name)
+    if argv is None and INTERACTIVE and not hasattr(sys.modules['__main__'], '__file__'):
+        argv = []
     parser.parse_args(argv, namespace=options)
     if not all(map(canonical, options.supervisor)):
         parser.error('--supervisor：名字是空的')
@@ -4109,6 +4118,8 @@ def check_workers(parser: argparse.ArgumentParser) -> None:
     team.size = team.num_workers = options.workers
     if options.workers < 1 or (options.workers == 1 and (options.host or options.join)):
         parser.error('--workers：要大于 0；和 --host、--join 一起时要大于 1，各台机器上一样')
+    if options.workers > 1 and INTERACTIVE:
+        parser.error('--workers：几个进程各自运行同一个脚本，笔记本里不行')
     if options.host and options.join:
         parser.error('--host 写在扫码的那台机器上，--join 写在别的机器上，不能一起写')
     if options.host in ('0.0.0.0', ''):
@@ -4206,7 +4217,8 @@ class Batches:
                 data = images[j : j + self.batch_size]
                 if self.resize:
                     data = nd.contrib.BilinearResize2D(data, height=self.resize, width=self.resize)
-                yield data, labels[j : j + self.batch_size]
+                batch = data, labels[j : j + self.batch_size]
+                yield tuple(x.as_np_ndarray() for x in batch) if mx.util.is_np_array() else batch
 
 
 @functools.lru_cache(maxsize=1)
@@ -4322,41 +4334,128 @@ def try_gpu() -> mx.Context:
 
 
 def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
-    """Return the share of rows of `output` (N, classes) whose largest entry is at `label` (N,).
+    """Return the share of rows of `output` (N, classes) whose largest entry is at `label`: N numbers.
 
-    With --workers, in a loop over the training data: this process's part of it.
+    These may be of any shape and type, both. With --workers, in a loop over the training data: this process's
+    part of it. Raises ValueError when the shapes do not fit.
     """
-    label = label.asnumpy()
-    right = np.count_nonzero(output.asnumpy().argmax(axis=1) == label)
+    team.called.add('accuracy')
+    said, label = classes(output, label)
+    right = np.count_nonzero(said == label)
     return Share(right / (team.images or len(label)), right, len(label))
 
 
-def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Context] = None) -> float:
-    """Return the share of all examples of `data_iterator` that `net` classifies correctly."""
+def classes(output: nd.NDArray, label: nd.NDArray) -> tuple:
+    """Return the classes that `output` (N, classes) and `label` (N numbers) name, as numpy arrays (N,)."""
+    for array in (output, label):
+        if not isinstance(array, nd.NDArray):
+            raise TypeError(f'精度：输出和标签各要是一个 NDArray，现在是 {type(array).__name__}')
+    output, label = as_numpy(output), as_numpy(label)
+    if output.ndim != 2 or output.shape[1] < 2 or label.size != len(output):
+        raise ValueError(f'精度：输出要是 (N, 类数)，标签要是 N 个；现在是 {output.shape} 和 {label.shape}')
+    return output.argmax(axis=1), label.ravel()
+
+
+def as_numpy(array: nd.NDArray) -> np.ndarray:
+    """Return its numbers, those of 16 bits as float32: numpy adds float16 up badly, and knows no bfloat16."""
+    return (array.astype('float32') if np.dtype(array.dtype).itemsize == 2 else array).asnumpy()
+
+
+def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Any = None) -> float:
+    """Return the share of all examples of `data_iterator` that `net` classifies correctly.
+
+    Its batches are (data, label), (several inputs, ..., label) or DataBatches, whose padding does not count.
+    Of a list, as the tutorials' `ctx` is one, the first device computes. Raises TypeError when a batch is
+    something else, ValueError when shapes do not fit or there is no batch.
+    """
     correct, total, mistakes = 0, 0, Mistakes()
+    device = (ctx[0] if isinstance(ctx, (list, tuple)) else ctx) or try_gpu()
     tests = not getattr(data_iterator, 'training', False)
     if isinstance(data_iterator, Batches):  # the training data, too: this is no pass that trains
         data_iterator = data_iterator.read(max(data_iterator.epoch, 1))
     even_out(net)
-    for batch in run.seen(data_iterator):
-        mistakes.shapes.add(batch[0].shape[1:])
+    for batch in run.seen(one_pass(data_iterator)):
+        batch = inputs_and_label(batch)
+        mistakes.shapes.add(arrays_in(batch)[0].shape[1:])
         batch = team.part(batch, trains=False)
         if batch is None:  # fewer images than --workers
             continue
-        data, label = batch
-        output, label = net(data.as_in_context(ctx or try_gpu())).asnumpy(), label.asnumpy().ravel()
-        said = output.argmax(axis=1)
+        *inputs, label = batch
+        output = net(
+            *map_arrays(lambda x: x.as_in_context(device) if isinstance(x, nd.NDArray) else x, inputs)
+        )
+        said, label = classes(output, label)
         wrong = np.flatnonzero(said != label)
         correct += len(label) - len(wrong)
         total += len(label)
         if tests and len(wrong):
-            mistakes.add(data, output[wrong], label, said, wrong)
+            mistakes.add(arrays_in(inputs)[0], as_numpy(output)[wrong], label, said, wrong)
     correct, total = team.meet(correct, total)
     if tests:
         mistakes.merge()
         with lock:
             run.mistakes = mistakes.kept
+    if not total:
+        raise ValueError('evaluate_accuracy：一批数据也没有（生成器只能读一遍）')
     return correct / total
+
+
+def inputs_and_label(batch: Any) -> list:
+    """Return what a network takes of a batch, and the labels behind it. Raises TypeError."""
+    if isinstance(batch, mx.io.DataBatch):
+        n = len(batch.data[0]) - (batch.pad or 0)
+        batch = [array[:n] for array in [*batch.data, *(batch.label or ())]]
+    if isinstance(batch, (list, tuple)) and len(batch) > 1 and isinstance(batch[-1], nd.NDArray):
+        return list(batch)
+    raise TypeError(
+        'evaluate_accuracy：每一批要是 (data, label)、(几个输入, label) 或 DataBatch，'
+        f'现在是 {type(batch).__name__}；别的请自己算好精度，交给 chat_inf'
+    )
+
+
+def one_pass(data: Iterable, start: int = 0, epoch: Optional[int] = None) -> Iterator:
+    """Return an iterator over the batches from number `start` on: an NDArrayIter and its like begin anew."""
+    if isinstance(data, Batches):
+        return data.read(epoch, start)
+    if isinstance(data, mx.io.DataIter):
+        data.reset()
+    return itertools.islice(data, start, None)
+
+
+def map_arrays(function: Callable, batch: Any) -> Any:
+    """Return a batch of any kind, however nested, with function(array) in the place of each array."""
+    if isinstance(batch, (nd.NDArray, np.ndarray)):
+        return function(batch)
+    if isinstance(batch, mx.io.DataBatch):
+        mapped = copy.copy(batch)
+        mapped.data, mapped.label = map_arrays(function, [batch.data, batch.label])
+        return mapped
+    if isinstance(batch, dict):
+        return {key: map_arrays(function, value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        mapped = [map_arrays(function, value) for value in batch]
+        return type(batch)(*mapped) if hasattr(batch, '_fields') else type(batch)(mapped)
+    return batch
+
+
+def arrays_in(batch: Any) -> list:
+    """Return the arrays in a batch of any kind."""
+    found = []
+    map_arrays(found.append, batch)
+    return found
+
+
+def batch_size_of(batch: Any) -> Optional[int]:
+    """Return how many examples a batch of any kind holds, by its first array; None when it has none."""
+    return next((array.shape[0] for array in arrays_in(batch) if array.shape), None)
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Let numpy's, Python's and MXNet's random numbers of an epoch depend on both numbers alone."""
+    text = f'{seed} {epoch}'
+    np.random.seed(list(text.encode()))
+    random.seed(text)
+    mx.random.seed(int(np.random.randint(2**31)))
 
 
 def even_out(net: Any) -> None:
@@ -4384,7 +4483,7 @@ class Mistakes:
         least = self.kept[-1][0] if len(self.kept) == self.ROOM else 0
         best = [i for i in np.argsort(-sure)[: self.ROOM] if sure[i] > least]
         if best:
-            examples = data.asnumpy()
+            examples = as_numpy(data)
             new = [(float(sure[i]), wrong[i]) for i in best]
             self.kept += [(p, examples[j].copy(), int(label[j]), int(said[j])) for p, j in new]
             self.keep_surest()
@@ -4509,11 +4608,19 @@ def speed_up(net: nn.HybridSequential, *blocks: nn.HybridBlock) -> None:
 
     Parameters, their gradients and the outputs stay what they are, to the rounding of float32. (So does what
     MXNet 1.9.1 gets wrong in compiled networks: in some the gradient of nn.PReLU's slope is too small.)
+    What MXNet cannot compile is left alone, and said.
     """
     for block in (net, *blocks):
-        block.hybridize(static_alloc=True, static_shape=True)
-    known = any(isinstance(hook, Compiler) for hook in net._forward_pre_hooks.values())
-    if try_gpu().device_type == 'cpu' and not known and not mx.util.is_np_array():
+        if isinstance(block, mx.gluon.HybridBlock):
+            block.hybridize(static_alloc=True, static_shape=True)
+        else:
+            say(f'speed_up：{type(block).__name__} 不是 nn.HybridSequential 这样的 HybridBlock，没有动它')
+    if type(net).forward is not mx.gluon.HybridBlock.forward or try_gpu().device_type != 'cpu':
+        return  # nothing compiles it as a whole, or it has done so itself, as a SymbolBlock does
+    amp = sys.modules.get('mxnet.contrib.amp.amp')
+    if mx.util.is_np_array() or (amp and amp._amp_initialized):
+        say('speed_up：用了 npx.set_np() 或 AMP，网络只编译，不另外加速')
+    elif not any(isinstance(hook, Compiler) for hook in net._forward_pre_hooks.values()):
         net.register_forward_pre_hook(Compiler())
 
 
@@ -4524,8 +4631,15 @@ class Compiler:
 
     def __init__(self):
         self.threads, self.kept = None, {}  # what it is compiled for; the last forms for two other numbers
+        self.told = False  # was it said that this network is compiled within another one?
 
     def __call__(self, net, inputs):
+        arrays = arrays_in(inputs)
+        if not arrays:  # Symbols: another network is being compiled
+            if not self.told:
+                self.told = True
+                say(f'speed_up：{net.name} 编译在另一个网络里，照原样算；要加速就 speed_up 外面的那个')
+            return
         if net._cached_op is None:  # the first time, or after hybridize()
             self.kept.clear()
         elif self.threads == threads.used:
@@ -4540,14 +4654,14 @@ class Compiler:
         if len(self.kept) > 2:  # each has memory of its own: the one that was used longest ago goes
             del self.kept[next(iter(self.kept))]
         # Blocks of 8 waste too little for it; cutting fewer images costs more than it saves, too: 1.1 times.
-        copying = BLOCK == 16 and inputs[0].shape[0] >= 64
+        copying = BLOCK == 16 and (batch_size_of(arrays) or 0) >= 64
         net.apply(self.prepare)
         if type(net).hybrid_forward is not nn.HybridSequential.hybrid_forward:
             return  # its layers do not just follow each other
         net.hybrid_forward = functools.partial(forward_in_blocks, net, copying)
-        first, *others = net._children.values()
-        if in_blocks(first, *others):  # MXNet finds out too late how many channels come in to cut its filters
-            first.weight.shape = first._channels, inputs[0].shape[1], *first._kwargs['kernel']
+        layers = list(net._children.values())
+        if in_blocks(*layers):
+            set_channels(layers[0], *arrays[0].shape[1:2])
 
     def prepare(self, layer):
         """Have a convolution keep to so many threads, and a Dense layer compute its ReLU quickly."""
@@ -4587,7 +4701,7 @@ def forward_in_blocks(net, copying, F, x):
         channels, copies = layer._channels, copying and room_for_copies(layer, pool, *layers)
         whole = channels - channels % BLOCK if copies else channels
         if parts[-1][2]:
-            layer.weight.shape = channels, parts[-1][2], *layer._kwargs['kernel']
+            set_channels(layer, parts[-1][2])
         filters = [array.var() for array in (layer.weight, layer.bias) if array is not None]
         if not copies:
             outputs = [(convolve(F, layer, parts, filters, channels), 0, channels)]
@@ -4607,6 +4721,14 @@ def forward_in_blocks(net, copying, F, x):
         if layer.act is not None:
             parts = [(layer.act(y), first, last) for y, first, last in parts]
     return parts[0][0]
+
+
+def set_channels(layer, *channels):
+    """Let a convolution know how many channels come in: MXNet finds out too late to cut its filters."""
+    known = layer.weight.shape
+    layer.weight.shape = layer._channels, *channels, *layer._kwargs['kernel']
+    if layer.weight.shape != known:
+        layer.weight._var = None  # a Symbol that was asked for before does not know
 
 
 def cut(F, part):
@@ -4746,6 +4868,7 @@ class Team(mx.kvstore.KVStoreBase):
     """
 
     type, rank, num_workers = 'dist_sync', 0, 1
+    NEEDED = 'progress', 'store', 'total', 'accuracy', 'batch_loss'  # what every training function must call
     WORDS = 512  # bytes of what the leading one says; each travels as a float32, there are no others
     SILENT = 8  # seconds without a sign of life, of which there is one a second; it is asked for twice more
 
@@ -4757,6 +4880,7 @@ class Team(mx.kvstore.KVStoreBase):
         self.kv, self.keys, self.silences = None, set(), 0  # the last: how many, in a row
         self.agreed = None  # in all of them: running, learning rate, epochs, chat_param()'s values, Run.scale
         self.images, self.loss = None, None  # of the batch: how many in all; this one's part of its loss
+        self.called = set()  # which of NEEDED nn_train has called
 
     # -- until all are there
 
@@ -4808,7 +4932,6 @@ class Team(mx.kvstore.KVStoreBase):
         """Wait until all are there and begin with `this_run`; return False when 停止 came before."""
         if self.size == 1:
             return True
-        np.random.seed(this_run.seed % 2**32)  # who shuffles with it shuffles alike
         while self.leads and not self.ready.wait(0.2):
             with lock:
                 if not running:
@@ -4823,17 +4946,31 @@ class Team(mx.kvstore.KVStoreBase):
 
     def part(self, batch: Any, trains: bool = True) -> Any:
         """Return this process's share of a batch, that is of the rows of each array in it."""
-        n = len(batch[0]) if self.size > 1 else 0
+        n = batch_size_of(batch) if self.size > 1 else 0
+        if trains and not n and self.size > 1:
+            raise TypeError(f'几个进程一起训练：{type(batch).__name__} 这样的一批没有数组，分不开')
         if trains and n:
+            self.called.add('progress')
             self.images = n if n >= self.size else n * self.size
         if not n or trains and n < self.size:  # not one for each: each takes them all
             return batch
         first, last = n * self.rank // self.size, n * (self.rank + 1) // self.size
-        return [array[first:last] for array in batch] if last > first else None
+        share = functools.partial(map_arrays, lambda x: x[first:last] if x.shape[:1] == (n,) else x)
+        return share(batch) if last > first else None
+
+    def check_calls(self, *excused: str) -> None:
+        """Raise RuntimeError, in all processes, when the training function has not called what it must."""
+        missing = [f'utils.{name}' for name in self.NEEDED if name not in {*excused, *self.called}]
+        if self.size > 1 and missing:
+            raise RuntimeError(
+                f'{self.size} 个进程一起训练，训练函数要调用 {"、".join(missing)}（见 README）'
+            )
 
     def end_batch(self) -> None:
         """Agree on how to go on after a batch; raise NotFinite in all when one's loss is NaN."""
         if self.size > 1:
+            if run.steps:  # not before: it may add up the gradients of several batches
+                self.check_calls('accuracy')
             loss, self.loss = self.loss, None
             (mean,) = self.meet(loss or 0.0)
             if loss is not None:
@@ -4879,7 +5016,7 @@ class Team(mx.kvstore.KVStoreBase):
 
     def pushpull(self, key, value, out=None, priority=0):
         """Let `out` become the sum of all processes' `value`, a list for one device: Trainer's gradients."""
-        (value,), (out,) = value, out or value
+        (value,), (out,) = ([each.as_nd_ndarray() for each in arrays] for arrays in (value, out or value))
         key = f'{key} {value.shape}'
         if key not in self.keys:  # once: a second time would wait for ever
             self.kv.init(key, nd.zeros(value.shape))
@@ -4892,6 +5029,7 @@ class Team(mx.kvstore.KVStoreBase):
 
     def broadcast(self, key, value, out, priority=0):
         """Let `out` become what the leading one has: a Trainer's parameters, before its first step."""
+        value = value.as_nd_ndarray()
         self.pushpull(key, [value if self.leads else nd.zeros_like(value)], out)
         nd.waitall()  # or the first gradients might overtake them
 
@@ -5059,18 +5197,6 @@ def missing_processes() -> str:
     return f'在等 {min(max(team.size + 2 - len(come), 1), team.size - 1)} 个训练进程加入{note}'
 
 
-NEEDED = 'store', 'total', 'accuracy', 'batch_loss'  # what a function must call that several processes train
-
-
-def objection_to(nn_train: Callable) -> str:
-    """Return why several processes cannot train `nn_train`; '' when they can."""
-    names = getattr(getattr(nn_train, '__code__', None), 'co_names', ())
-    missing = [f'utils.{name}' for name in NEEDED if name not in names]
-    if team.size == 1 or not missing:
-        return ''
-    return f'这个训练函数只能用一个进程：{team.size} 个一起，它要调用 {"、".join(missing)}（见 README）。'
-
-
 def connected_to(port: int) -> list:
     """Return the addresses from which somebody is connected to a port of this machine (Linux)."""
     with contextlib.suppress(OSError), open('/proc/net/tcp') as f:
@@ -5112,6 +5238,7 @@ def params() -> tuple:
 
 def store() -> Any:
     """Return what a Trainer takes as its kvstore: with --workers, the one that adds up all gradients."""
+    team.called.add('store')
     return team if team.size > 1 else 'device'
 
 
@@ -5120,6 +5247,7 @@ def total(n: int) -> int:
 
     Raises RuntimeError when there are --workers and the batch does not come from progress().
     """
+    team.called.add('total')
     if team.size > 1 and not team.images:
         raise RuntimeError('几个进程一起训练，训练的数据要从 utils.progress(train_data) 来')
     return team.images or n
@@ -5133,16 +5261,15 @@ def progress(data: Iterable, train: Optional[bool] = None) -> Iterator:
     epoch does, unless no Trainer takes a step in it; without any Trainer, it does. A loop over the train_data
     of load_data_fashion_mnist trains; evaluate_accuracy() does not.
     """
-    size = len(data) if hasattr(data, '__len__') else 0
+    size = operator.length_hint(data)  # 0 when nobody knows
     with lock:
         walk = run.begin_pass(size, train)
+    if walk.trains:
+        seed_epoch(run.seed, walk.epoch)
     if walk.trains and team.size > 1:
         labels = data.labels.tobytes() if isinstance(data, Batches) else b''
         compare('训练数据', [size, walk.first, labels])
-    if isinstance(data, Batches):
-        batches = data.read(walk.epoch if walk.trains else None, walk.first)
-    else:
-        batches = itertools.islice(data, walk.first, None)
+    batches = one_pass(data, walk.first, walk.epoch if walk.trains else None)
     name = f'第 {walk.epoch} 轮' if walk.trains else None
     how = itchat.instance.bar() if team.leads else {'disable': True}
     whole = False
@@ -5175,13 +5302,6 @@ def waiting_for_first(batches: Iterable, what: str) -> Iterator:
     yield from batches
 
 
-def batch_size_of(batch: Any) -> Optional[int]:
-    """Return how many examples a batch holds: the length of the first array in it; None when nobody knows."""
-    while isinstance(batch, (list, tuple)) and len(batch):
-        batch = batch[0]
-    return batch.shape[0] if getattr(batch, 'shape', ()) else None
-
-
 def batch_loss(loss: nd.NDArray) -> float:
     """Return the mean of the losses of a batch (N,), and keep it for 状态 and 曲线.
 
@@ -5189,7 +5309,8 @@ def batch_loss(loss: nd.NDArray) -> float:
     process's part of it. Raises FloatingPointError when it is NaN or infinite: nothing good can come of
     that run.
     """
-    numbers = loss.asnumpy()
+    team.called.add('batch_loss')
+    numbers = as_numpy(loss)
     count = numbers.shape[0] if numbers.ndim else 1
     if team.images:  # progress() adds up the parts
         team.loss = float(numbers.sum()) / team.images
@@ -5252,6 +5373,7 @@ def chat_inf(
         if run.is_cut_short():
             return
         batches = run.batches_reported(train_data)
+    team.check_calls(*['accuracy'] * (not sums[3]))
     loss = mean_of(*sums[:3], batches) if train_loss is not None else None
     accuracy = mean_of(*sums[3:], batches) if train_acc is not None else None
     test_acc = None if test_acc is None else float(test_acc)
@@ -5277,6 +5399,7 @@ def load_checkpoint(net: Any, trainer: Any, extra: Optional[dict] = None) -> tup
     nets, trainers = as_list(net), as_list(trainer)
     run.keepers = {id(each) for each in trainers}
     state = run.resumed
+    seed_epoch(run.seed, state['epoch'] if state else 1)
     if state is None:
         return 1, 0, 0
     where = run.folder or FOLDER  # TMPDIR may have no room; one of the --workers has no folder of the run
@@ -5325,6 +5448,7 @@ def save_checkpoint(
             row = run.history.row_of(epoch) if not state['batch'] else None
             is_best = row is not None and row is run.history.best
             state['row'] = row and row.number
+        seed_epoch(run.seed, here[0])
         if team.size > 1:
             add_sums(state)
         for each in nets:
@@ -6067,9 +6191,7 @@ class Run:
     def batches_reported(self, train_data: Any) -> Optional[int]:
         """Return over how many batches nn_train has summed up; None when nobody knows."""
         whole = self.walk is None or self.walk.done >= self.batches  # not left by a break
-        if whole and hasattr(train_data, '__len__'):
-            return len(train_data)
-        return self.batch or None
+        return whole and operator.length_hint(train_data) or self.batch or None
 
     def finish_epoch(
         self,
@@ -6766,10 +6888,26 @@ class Commands:
 
     def __init__(self, nn_train: Callable):
         self.nn_train = nn_train
+        self.switches = ()  # of MXNet, each thread's own: see note_switches()
         self.runs_so_far = 0
         self.news = {}  # what the commands have done that is to be remembered of the run
         self.wrong = False  # was one of them wrong?
         self.job = None  # what the main thread is to train, when that is answered
+
+    def note_switches(self) -> None:
+        """Note how MXNet computes in this thread, the script's own: nn_train may have to run in another."""
+        numpy = mx.util.is_np_shape(), mx.util.is_np_array()
+        recording = mx.autograd.is_recording(), mx.autograd.is_training()
+        self.switches = threading.get_ident(), numpy, recording, mx.current_context()
+
+    def adopt_switches(self) -> None:
+        """Let MXNet compute so in this thread, if that is another one."""
+        thread, numpy, (recording, training), ctx = self.switches
+        if thread != threading.get_ident():
+            mx.util.set_np(*numpy)
+            mx.autograd.set_recording(recording)
+            mx.autograd.set_training(training)
+            ctx.__enter__()  # for good
 
     def carry_out(self, commands: list, almost: str, asked: Asked) -> list:
         """Carry out commands, from dicts of Said, up to the first wrong one; return the answers."""
@@ -6799,7 +6937,7 @@ class Commands:
 
     def start(self, asked: Asked) -> str:
         """Train from the beginning."""
-        refusal = is_busy() or objection_to(self.nn_train)
+        refusal = is_busy()
         if refusal:
             return refusal
         this_run = Run(asked.person)
@@ -6813,7 +6951,7 @@ class Commands:
     def resume(self, asked: Asked) -> str:
         """Go on from the last checkpoint, or silently from the one that is asked for."""
         global learning_rate, training_iters, batch_size
-        refusal = is_busy() or objection_to(self.nn_train)
+        refusal = is_busy()
         if refusal:
             return refusal
         path, state = (asked.path, read_checkpoint(asked.path)) if asked.path else last_checkpoint()
@@ -7011,7 +7149,10 @@ def chat_supervisor(nn_train: Callable) -> None:
     is (learning_rate, training_iters, batch_size). With --join there is no chat: this trains along and does
     not return.
     """
-    itchat.instance.commands = Commands(nn_train)
+    if itchat.instance.commands is None:
+        itchat.instance.commands = Commands(nn_train)
+    itchat.instance.commands.nn_train = nn_train  # the cell of a notebook was run again
+    itchat.instance.commands.note_switches()
     if not team.leads:
         try:
             team.follow(nn_train)
@@ -7023,7 +7164,7 @@ def chat_supervisor(nn_train: Callable) -> None:
 def train(nn_train: Callable, this_run: Run) -> None:
     """Run nn_train to its end, in the main thread; whatever it raises, the next 开始 works."""
     threads.begin()
-    mx.random.seed(this_run.seed)
+    seed_epoch(this_run.seed, 0)
     if NUMPY_2:  # MXNet passes on numbers as they print; numpy's would print as np.int64(3)
         np.set_printoptions(legacy='1.25')
     try:
@@ -7091,7 +7232,8 @@ class Remote(itchat.Core):
         super().__init__()
         self.functionDict = itchat.instance.functionDict  # the handlers that were registered already
         self.line, self.talker = None, None  # the latter: the process, where this one has started it
-        self.commands = None
+        self.commands = getattr(itchat.instance, 'commands', None)
+        self.listener, self.training = None, None  # threads; the latter if run() does not keep the caller's
         self.jobs = queue.SimpleQueue()  # (nn_train, Run); None at the end
         self.admitted = queue.SimpleQueue()  # the answer to the login
         self.replies, self.numbers = {}, itertools.count()  # number of a call -> where its answer goes
@@ -7103,6 +7245,7 @@ class Remote(itchat.Core):
         self.handling = Worker('handlers')
         self.printing = Worker('printing')
         self.orphaned = False  # has nobody talked for a while?
+        self.folder_lock = None
 
     # -- what the script calls
 
@@ -7117,14 +7260,21 @@ class Remote(itchat.Core):
             return  # there is a session
         make_streams_safe()
         self.connect()
+        with self.taking_signals():
+            self.log_in(hotReload, statusStorageDir, callbacks)
+
+    def log_in(self, hotReload: bool, statusStorageDir: Optional[str], callbacks: dict) -> None:
+        """Do what auto_login() is for."""
         self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
         how = {'hotReload': bool(hotReload), 'statusStorageDir': statusStorageDir}
         self.line.send('login', given=vars(options), how={**how, 'callbacks': list(self.callbacks)})
-        threading.Thread(target=self.listen, name='listening', daemon=True).start()
+        self.listener = threading.Thread(target=self.listen, name='listening', daemon=True)
+        self.listener.start()
         answer = self.admitted.get()
         if answer['do'] == 'exit':
             self.line.send('bye', status=answer['status'])
             self.exit(answer['status'])
+            sys.exit(answer['status'])  # the cell of a notebook
         with waiting_for('在等上一个训练进程存完检查点'):
             self.folder_lock = lock_folder(1, wait=True)
         remove_leftovers()
@@ -7141,33 +7291,64 @@ class Remote(itchat.Core):
     def connect(self) -> None:
         """Reach the talking process: the one that has started this, else one that is started now."""
         global place
-        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
         if role == 'trains':
-            self.line, numbers = Line(int(role_words[0])), numbers[:1]
+            self.line = Line(int(role_words[0]))
         else:
             with make_place_file() as shared:
                 place = Place(shared.fileno())
                 here = os.path.dirname(os.path.abspath(__file__))
                 code = f'import sys; sys.path.insert(0, {here!r}); import utils'
-                self.talker, ours = start_process('talks', ['-c', code], shared)
+                # A notebook has no terminal to type into; the end of the input would end the program.
+                how = {'stdin': subprocess.PIPE} if INTERACTIVE else {}
+                self.talker, ours = start_process('talks', ['-c', code], shared, **how)
             self.line = Line(ours.detach())
+
+    @contextlib.contextmanager
+    def taking_signals(self) -> Iterator:
+        """Have the program end in order at a signal from here on; in a notebook only within this."""
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 1 if role == 'trains' else 3]
+        before = {}
         if threading.current_thread() is threading.main_thread():
             for number in numbers:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                    signal.signal(number, self.hand_on_signal)
+                    before[number] = signal.signal(number, self.hand_on_signal)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if INTERACTIVE:  # the second signal
+                self.talker.kill()
+                self.exit(130)
+            raise
+        finally:
+            for number, handler in before.items() if INTERACTIVE else ():
+                signal.signal(number, handler)
 
     def run(self, debug: bool = False, blockThread: bool = True) -> None:
         """Train whenever somebody says so, until the end of the program."""
-        if not blockThread:
+        if self.training is None:
+            self.get_ready()
+        if self.training is None and blockThread:
+            if INTERACTIVE and (options.console or options.demo):
+                say('这里不能输入：请用 itchat.run(blockThread=False)，再 itchat.instance.receive("开始")')
+            self.train_all()
+        elif self.training is None:
+            say('训练在另一个线程里：其中的 DataLoader 不能有工作进程（num_workers 要是 0）。')
             atexit.register(lambda: self.line.send('bye', status=int(hasattr(sys, 'last_value'))))
-            threading.Thread(target=self.run, name='training', daemon=True).start()
-            return
-        self.get_ready()
-        while (job := self.jobs.get()) is not None:
-            train(*job)
-        if self.pausing == 'orphan':
-            sys.exit(1)
-        self.leave(int(run.error is not None))
+            self.training = threading.Thread(target=self.train_all, name='training', daemon=True)
+            self.training.start()
+        elif blockThread:
+            self.training.join()
+
+    def train_all(self) -> None:
+        """Do what comes into `jobs`, until the end of the program."""
+        with self.taking_signals():
+            while (job := self.jobs.get()) is not None:
+                self.commands.adopt_switches()
+                train(*job)
+            if self.pausing == 'orphan':
+                self.exit(1)
+            else:
+                self.leave(int(run.error is not None))
 
     def get_ready(self) -> None:
         """Tell the talking process that commands and messages can come."""
@@ -7192,7 +7373,18 @@ class Remote(itchat.Core):
         self.exit(status)
 
     def exit(self, status: int) -> None:
-        """End the process; by force where MXNet would wait for others, or this is not the main thread."""
+        """End the process; by force where MXNet would wait for others, or this is not the main thread.
+
+        A notebook goes on: what was run there, run again, logs in again.
+        """
+        if INTERACTIVE:
+            self.talker.wait()
+            self.listener.join()
+            if self.folder_lock:
+                self.folder_lock.close()  # or it would take the next one's lock with it
+            say('会话结束了；再运行一次，就再登录。')
+            use_client(Remote())
+            return
         if team.size > 1 or threading.current_thread() is not threading.main_thread():
             sys.stdout.flush()
             os._exit(status)
@@ -7279,9 +7471,10 @@ class Remote(itchat.Core):
         for answers in list(self.replies.values()):
             answers.put(NOBODY)
         self.admitted.put({'do': 'exit', 'status': 1})
-        timer = threading.Timer(self.ORPHANED, os._exit, [1])
-        timer.daemon = True
-        timer.start()
+        if not INTERACTIVE:
+            timer = threading.Timer(self.ORPHANED, os._exit, [1])
+            timer.daemon = True
+            timer.start()
         self.do_end(stop=True, pause='orphan')
 
     def do_logged_in(self, **answer: Any) -> None:
@@ -7359,13 +7552,12 @@ class Remote(itchat.Core):
 
     def hand_on_signal(self, number: int, frame: Any) -> None:
         """Have the program end in order; at once at a second signal, a second later or more."""
-        if os.getpid() != process_number:  # a worker of a DataLoader, say, which has inherited this
-            if number != signal.SIGINT:  # that goes to all of a terminal's; this batch is still to be done
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+        if os.getpid() != process_number:  # a worker of a DataLoader, say: this batch is still to be done
             return
         now = time.monotonic()
         if self.signal_came and now - self.signal_came > 1:
+            if INTERACTIVE and number == signal.SIGINT:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         if not self.signal_came:
             self.signal_came = now
@@ -7453,6 +7645,16 @@ for name, value in list(vars(itchat).items()):
         if name not in vars(Remote) and name not in ('msg_register', 'configured_reply'):
             setattr(Remote, name, remote(name))
 
+
+def forget_signals() -> None:
+    """Let what ends any process end one that was forked, a DataLoader's worker, say, at once: Python's own
+    handler would wait until the main thread wakes, and the signal may have come to one of MXNet's threads."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if getattr(signal.getsignal(number), '__func__', None) is Remote.hand_on_signal:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=forget_signals)
 settings = Settings()
 process_number = os.getpid()
 place = Place(int(role_words[1]) if role == 'trains' else -1)
