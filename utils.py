@@ -6105,7 +6105,7 @@ class Run:
         """Begin a pass over data of `size` batches (0: nobody knows)."""
         trains = self.busy and (self.open if said is None else said)
         if not trains:
-            walk = Pass((0, 0), size, False if said is None and not self.busy else said, False, self)
+            walk = Pass((0, 0), size, said if self.busy else False, False, self)
             self.enter(Phase.TESTING)
             return walk
         self.check_loaded()
