@@ -835,6 +835,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description='训练神经网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。',
         epilog='退出状态：0 正常；1 登录失败或训练出错；2 选项不对；130、143、129 是被信号结束。',
+        allow_abbrev=False,  # a script's --log is not our --logout
     )
     for name, text in FLAGS.items():
         parser.add_argument(f'--{name}', action='store_true', help=text)
@@ -1971,7 +1972,7 @@ class Client:
             threading.Thread(target=read_lines, args=(lines.put,), name='typed', daemon=True).start()
         return lines
 
-    def receive(self, line: str, **how: Any) -> str:
+    def take_line(self, line: str, **how: Any) -> str:
         """Take in a line that was typed, as the owner's message; return its number."""
         number, owner = f'typed {time.time_ns()}', {'UserName': 'filehelper'}
         msg = {'Type': itchat.content.TEXT, 'Text': line, 'User': owner, 'MsgId': number, **how}
@@ -1984,7 +1985,7 @@ class Client:
         """Take in what is typed beside a chat: a thread of its own."""
         while (line := lines.get()) is not None:
             try:
-                self.receive(line, Typed=True)
+                self.take_line(line, Typed=True)
             except Exception:
                 print_traceback()
 
@@ -2120,12 +2121,10 @@ class Terminal(Client):
             countdown.wait()
         self.end()
 
-    def receive(self, line: str, **how: Any) -> str:
+    def receive(self, line: str) -> None:
         """Carry out a command; its answer stands under it."""
-        number = super().receive(line, **how)
-        trainer.wait_answered(number)
+        trainer.wait_answered(self.take_line(line))
         mail.wait()
-        return number
 
     def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
         """Print a text."""
@@ -4088,9 +4087,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
 def read_own_options() -> None:
     """Do what parse_args() does with those options that are ours, unless it was called."""
     if not options_are_read:
-        parser = make_parser()
-        parser.allow_abbrev = False  # a script's --log is not our --logout
-        read_options(None, parser.parse_known_args)
+        read_options(None, make_parser().parse_known_args)
 
 
 def read_options(argv: Optional[list], parse: Callable) -> argparse.Namespace:
