@@ -3276,9 +3276,14 @@ def test_a_shells_jobs(wechat, tmp_path):
         program.press('jobs\n', 'Running')
         program.press('fg\n', '^>$')
         program.press('lr 0.0', r'^> lr 0\.0')
-        for _ in range(2):
-            program.press('\x1a', 'Stopped')
+        talker = trainer_of(program)  # the shell's child
+        for how in ('\x1a', '\x1a', None):
+            if how is None:
+                os.kill(talker, signal.SIGSTOP)  # it cannot give the terminal back
+            program.press(how or '', 'Stopped')
             program.press('fg\n', r'^> lr 0\.0')
+        while program.echoes():
+            time.sleep(0.02)
         program.press('25\r', r'lr = 0\.025')
         program.press('\x03', 'SHELL')
         program.press('echo STATUS $?\n', 'STATUS 130')

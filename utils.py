@@ -613,7 +613,6 @@ class Prompt:
             input=keys,
             output=screen,
         )
-        self.session.app.min_redraw_interval = 0.05  # seconds; each takes 2 ms
 
     @contextlib.contextmanager
     def keys_as_typed(self) -> Iterator:
@@ -637,7 +636,7 @@ class Prompt:
 
         from prompt_toolkit.application import in_terminal
 
-        woken, printer = Event(), self.printer
+        woken, printer, drawn = Event(), self.printer, 0.0
         with printer.changed:
             printer.wake = functools.partial(get_running_loop().call_soon_threadsafe, woken.set)
         reading = ensure_future(self.read())
@@ -657,8 +656,8 @@ class Prompt:
             with printer.changed:
                 printer.is_done()
                 more, below = bool(printer.waiting), self.below()
-            if below != self.session.bottom_toolbar:
-                self.session.bottom_toolbar = below
+            if below != self.session.bottom_toolbar and time.monotonic() - drawn > 0.2:  # it takes 2 ms
+                self.session.bottom_toolbar, drawn = below, time.monotonic()
                 self.session.app.invalidate()
             if printer.closing and not more or self.is_lost():
                 self.interrupt()
@@ -2798,7 +2797,7 @@ class WeChat(itchat.Core, Client):
         What is typed in the terminal meanwhile is the owner's, and answered there.
         """
         failures = 0
-        if os.isatty(0):
+        if printer and os.isatty(0):  # else the terminal is that of an interpreter or a debugger
             lines = self.typed_lines(ctrl_d_ends=False)
             threading.Thread(target=self.obey_typed, args=(lines,), name='typed', daemon=True).start()
         with contextlib.suppress(SystemExit):  # of leave()
