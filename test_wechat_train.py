@@ -3309,13 +3309,15 @@ def test_a_shells_jobs(wechat, tmp_path):
         program.press('jobs\n', 'Running')
         program.press('fg\n', '^>$')
         program.press('lr 0.0', r'^> lr 0\.0')
-        talker = trainer_of(program)  # the shell's child
-        for how in ('\x1a', '\x1a', None):
-            if how is None:
-                os.kill(talker, signal.SIGSTOP)  # it cannot give the terminal back
-            program.press(how or '', 'Stopped')
+        for _ in range(2):
+            program.press('\x1a', 'Stopped')
             program.press('fg\n', r'^> lr 0\.0')
+        modes = termios.tcgetattr(program.master)
+        modes[3] |= termios.ECHO | termios.ICANON  # as a shell does after kill -STOP
+        termios.tcsetattr(program.master, termios.TCSANOW, modes)
+        deadline = time.monotonic() + DEADLINE
         while program.echoes():
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         program.press('25\r', r'lr = 0\.025')
         program.press('\x03', 'SHELL')
