@@ -69,7 +69,7 @@ SAMPLE = os.path.join(HERE, '..', 'shared', 'fashion-mnist-sample')  # real imag
 NEWS = r'第 \d|训练(完成|已停止|出错|停下|的进程没有了|的程序)|程序又启动|从现在起|\d+ 秒后'
 ANSWER = rf'\A(?!{NEWS})'  # a text that is no report
 TICKETS = 'skey', 'wxsid', 'wxuin', 'pass_ticket'
-DEADLINE = 25
+DEADLINE = 120  # seconds until a condition that is waited for counts as failed
 
 # ----------------------------------------------------------------------- a WeChat server on loopback
 
