@@ -6,6 +6,7 @@ the server -> a program under test -> tests of the helpers -> of the parser -> o
 """
 
 import ast
+import codecs
 import collections
 import contextlib
 import copy
@@ -42,14 +43,18 @@ import threading
 import time
 import unicodedata
 import urllib.parse
+import warnings
 import zipfile
 from importlib import metadata
 from importlib.util import find_spec
 
+import matplotlib
 import numpy as np
 import pytest
 import segno
 import trustme
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from packaging import requirements
@@ -65,7 +70,7 @@ SAMPLE = os.path.join(HERE, '..', 'shared', 'fashion-mnist-sample')  # real imag
 NEWS = r'第 \d|训练(完成|已停止|出错|停下|的进程没有了|的程序)|程序又启动|从现在起|\d+ 秒后'
 ANSWER = rf'\A(?!{NEWS})'  # a text that is no report
 TICKETS = 'skey', 'wxsid', 'wxuin', 'pass_ticket'
-DEADLINE = 20
+DEADLINE = 120  # seconds until a condition that is waited for counts as failed
 
 # ----------------------------------------------------------------------- a WeChat server on loopback
 
@@ -645,6 +650,112 @@ class Program:
     def __exit__(self, *exception):
         self.kill()
         print(self.output())  # shown by pytest when the test fails
+
+
+class Screen:
+    """What a terminal shows, with the lines that have left it at the top."""
+
+    COLUMNS = 80
+
+    def __init__(self):
+        self.rows, self.row, self.column = [[]], 0, 0
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.rest = ''
+
+    def feed(self, content):
+        """Show what a program has written."""
+        text = self.rest + self.decoder.decode(content)
+        whole = re.search(r'(\x1b\[?[?\d;]*)?\Z', text).start()  # a sequence may be cut
+        text, self.rest = text[:whole], text[whole:]
+        for number, letter, other in re.findall(r'\x1b\[\??([\d;]*)([A-Za-z])|([^\x1b])', text):
+            if letter:
+                self.obey(letter, int(number or 1) if number.isdigit() or not number else 0)
+            elif other in '\r\n\b':
+                self.row += other == '\n'
+                self.column = 0 if other == '\r' else max(0, self.column - (other == '\b'))
+            else:
+                self.put(other)
+
+    def obey(self, letter, number):
+        """Move the cursor, or erase from where it is to the end of the line, or of all."""
+        self.row = max(0, self.row + number * {'A': -1, 'B': 1}.get(letter, 0))
+        self.column = max(0, self.column + number * {'C': 1, 'D': -1}.get(letter, 0))
+        if letter in 'JK':
+            del self.current()[self.column :]
+            del self.rows[self.row + 1 if letter == 'J' else len(self.rows) :]
+
+    def current(self):
+        """Return the cells of the line of the cursor."""
+        self.rows += [[] for _ in range(self.row + 1 - len(self.rows))]
+        return self.rows[self.row]
+
+    def put(self, character):
+        """Write a character where the cursor is; a wide one takes two cells."""
+        cells = [character, ''] if unicodedata.east_asian_width(character) in 'WF' else [character]
+        if self.column + len(cells) > self.COLUMNS:
+            self.row, self.column = self.row + 1, 0
+        row = self.current()
+        row += [' '] * (self.column + len(cells) - len(row))
+        row[self.column : self.column + len(cells)] = cells
+        self.column += len(cells)
+
+    def lines(self):
+        """Return the lines."""
+        return [''.join(row).rstrip() for row in self.rows]
+
+
+class AtTerminal(Program):
+    """The same on a terminal of its own, which it controls: what stands there is its output."""
+
+    def __init__(self, folder, *args, env=None, term='xterm', **how):
+        self.master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('4H', 24, Screen.COLUMNS, 0, 0))
+
+        def preexec():
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+            for number in range(3):
+                os.dup2(slave, number)
+
+        super().__init__(folder, *args, env={**(env or {}), 'TERM': term}, preexec_fn=preexec, **how)
+        os.close(slave)
+        self.screen, self.guard = Screen(), threading.Lock()
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        with contextlib.suppress(OSError):  # it is closed
+            while content := os.read(self.master, 65536):
+                with self.guard:
+                    self.screen.feed(content)
+
+    def output(self, since=0):
+        """Return what stands there, from a line on."""
+        with self.guard:
+            return '\n'.join(self.screen.lines()[since:])
+
+    def sees(self, pattern, since=0):
+        """Wait until the pattern is found on the terminal, from a line on."""
+        deadline = time.monotonic() + DEADLINE
+        while not re.search(pattern, self.output(since), re.S | re.M):
+            assert time.monotonic() < deadline, f'waited in vain for {pattern} in\n' + self.output(since)
+            time.sleep(0.02)
+
+    def press(self, keys, pattern=None):
+        """Type `keys`; wait until the pattern is found below what stood there; return which line that is."""
+        with self.guard:
+            since = self.screen.row
+        os.write(self.master, keys.encode())
+        if pattern:
+            self.sees(pattern, since)
+        return since
+
+    def echoes(self):
+        """Return whether the terminal itself shows what is typed, as it does for a shell's programs."""
+        return bool(termios.tcgetattr(self.master)[3] & termios.ECHO)
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        os.close(self.master)
 
 
 def lines_of(output):
@@ -2119,8 +2230,6 @@ def test_the_tutorials_own_script(server, images, tmp_path):
         with open(TUTORIAL, encoding='utf-8') as f:
             text = f.read()
     text = text.replace('import utils\n', f'import utils\nutils.data_dir = {images!r}\n', 1)
-    if server is FileHelper:
-        text = text.replace("__main__':\n", "__main__':\n    utils.parse_args()\n", 1)
     script = tmp_path / 'tutorial.py'
     script.write_text(text)
     phone, who = server(str(tmp_path)), 'B' if server is WeChat else 'filehelper'
@@ -3145,7 +3254,7 @@ def test_a_terminal_that_nobody_reads_holds_up_nothing(wechat, images, tmp_path)
         """,
     )
     master, slave = os.openpty()
-    env = {**os.environ, **wechat.env(), 'PYTHONPATH': HERE}
+    env = {**os.environ, **wechat.env(), 'PYTHONPATH': HERE, 'TERM': 'xterm'}
     process = subprocess.Popen(
         [sys.executable, script], cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=slave
     )
@@ -3166,7 +3275,7 @@ def test_a_terminal_that_nobody_reads_holds_up_nothing(wechat, images, tmp_path)
         assert process.wait(DEADLINE) == 129
         assert wechat.wait_text('训练已停止')
         lines = os.read(master, 10**6).decode(errors='replace')
-        assert 'x' * 1000 in lines
+        assert 'x' * 50 in lines
     finally:
         process.kill()
         os.close(master)
@@ -3387,6 +3496,148 @@ def test_a_full_disk_does_not_cost_the_memory(wechat, tmp_path):
                     pass
     finally:
         subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+# ------------------------------------------------------------------------------ the terminal is a chat
+
+PRINTING = """
+    while utils.lock_start() and not os.path.exists('enough'):
+        for i in utils.progress(range(20)):
+            print('LINE', i)
+            time.sleep(0.01)
+        utils.chat_inf(wechat_name, utils.run.epochs + 1, 1, 1, [0], 0.5)
+    print('HALF', end='', flush=True)
+    while not os.path.exists('whole'):
+        time.sleep(0.01)
+    print(' WHOLE')
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_prompt_stays_while_much_is_printed(tmp_path):
+    """What is typed, pasted, completed, said before; a half line, the bar, the memory, the modes."""
+    with AtTerminal(tmp_path, '--console', script=own_script(tmp_path, PRINTING)) as program:
+        program.sees('^>$')
+        assert not program.echoes()
+        program.press('ti 99999\r', '^> ti 99999.*ti = 99999.*^>$')
+        since = program.press('开始\r', '^> 开始.*LINE 3.*^>\n第 1 轮:')
+        program.press('lr 0.0', r'^> lr 0\.0\n第 \d+ 轮:')
+        program.press('', r'(LINE 19.*){3}^> lr 0\.0\n第 \d+ 轮: .*/20.*\Z')  # the bar is below it
+        program.press('25\r', r'^> lr 0\.025\n.*lr = 0\.025')
+        (tmp_path / 'enough').touch()
+        program.sees('^>\nHALF', since)
+        (tmp_path / 'whole').touch()
+        program.sees('^HALF WHOLE\n.*训练完成.*^>$', since)
+        lines = [line for line in program.output(since).split('\n') if 'LINE' in line]
+        assert lines == [f'LINE {i % 20}' for i in range(len(lines))]  # none lost, none glued to another
+        program.press('stat\t\r', '^> status\n空闲.*^>$')
+        program.press('\x1b[A\r', '^> status\n空闲.*^>$')
+        since = program.press('\x1b[200~ti 7\nlr 0.5\n状态\x1b[201~', '^> ti 7\nlr 0.5\n状态$')
+        program.press('\r', 'ti = 7.*空闲.*ti = 7.*^>$')
+        program.press('什么\r', '^> 什么\n没有这个命令')
+        with open(f'/proc/{program.process.pid}/status') as f:
+            assert int(re.search(r'VmHWM:\s+(\d+)', f.read())[1]) < 60 * 1024
+        program.press('\x04')
+        assert program.process.wait(DEADLINE) == 0 and program.echoes()
+    with AtTerminal(tmp_path, '--console', script=own_script(tmp_path, PRINTING)) as program:
+        program.sees('^>$')
+        program.press('\x1b[A', '^> ti 7\nlr 0.5')  # what was said in the program before
+        program.press('\x03')
+        assert program.process.wait(DEADLINE) == 130 and program.echoes()
+        assert not re.search('^>', program.output(), re.M)
+
+
+@pytest.mark.parametrize('term', ['xterm', 'dumb'])
+def test_what_is_typed_beside_a_chat_is_the_owners(wechat, tmp_path, term):
+    """It is answered in the terminal, also without a network; the reports go to the owner's phone."""
+    script = own_script(tmp_path, WAITING)
+    with AtTerminal(tmp_path, env=wechat.env(), script=script, term=term, before=QUICK) as program:
+        wechat.wait(lambda: wechat.receiving)
+        program.sees('^>$' if term == 'xterm' else '已登录')
+        if term == 'xterm':
+            program.press('\x04')  # Ctrl-D ends nothing
+        program.press('ti 7\n', 'ti = 7')
+        program.press('lr 0.3\n', 'lr = 0.3')
+        program.press('你好\n', '没有这个命令')
+        assert wechat.sent == []
+        wechat.breaking = lambda name: 'drop'
+        program.sees('微信断开了')
+        program.press('开始\n', '开始训练\n.*lr = 0.3')
+        wechat.breaking = lambda name: None
+        program.press('状态\n', '训练中')
+        program.press('停止\n', '这一批算完就停')
+        assert wechat.wait_text('', 'filehelper').startswith('训练已停止')
+        wechat.says('B', 'lr 0.2')  # the owner has commanded: others need the owner's word
+        wechat.wait_text('想下命令', 'filehelper')
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(DEADLINE) == 130 and program.echoes()
+
+
+def test_a_shells_jobs(wechat, tmp_path):
+    """In the background it goes on; after Ctrl-Z and fg, what stood at the prompt is there again."""
+    shell = "import os; os.execlp('sh', 'sh', '-im')"
+    env = {**wechat.env(), 'PS1': 'SHELL$ ', 'ENV': '/dev/null', 'PYTHONPATH': HERE}
+    with AtTerminal(tmp_path, env=env, python=('-c', shell), script='') as program:
+        program.sees('SHELL')
+        program.press(f'{sys.executable} {HERE}/wechat_train.py &\n')
+        wechat.ready()
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+        program.press('jobs\n', 'Running')
+        program.press('fg\n', '^>$')
+        program.press('lr 0.0', r'^> lr 0\.0')
+        for _ in range(2):
+            program.press('\x1a', 'Stopped')
+            program.press('fg\n', r'^> lr 0\.0')
+        modes = termios.tcgetattr(program.master)
+        modes[3] |= termios.ECHO | termios.ICANON  # as a shell does after kill -STOP
+        termios.tcsetattr(program.master, termios.TCSANOW, modes)
+        deadline = time.monotonic() + DEADLINE
+        while program.echoes():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        program.press('25\r', r'lr = 0\.025')
+        program.press('\x03', 'SHELL')
+        program.press('echo STATUS $?\n', 'STATUS 130')
+
+
+@pytest.mark.parametrize('signals', [1, 2])
+def test_a_prompt_that_nobody_reads_holds_up_nothing(wechat, images, tmp_path, signals):
+    """Ctrl-S; then Ctrl-C. The terminal has its modes back, though it does not read."""
+    script = own_script(
+        tmp_path,
+        """
+        while utils.lock_start():
+            print('x' * 1000)
+            utils.chat_inf(wechat_name, utils.run.epochs + 1, 1, 1, [0], 0.5)
+        """,
+    )
+    with AtTerminal(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        program.sees('^>$')
+        wechat.ask('ti 100000')
+        wechat.ask('安静')
+        program.press('\x13')
+        wechat.ask('开始')
+        [log] = wechat.wait(lambda: list(tmp_path.glob('runs/*/log.csv')))
+        deadline = time.monotonic() + DEADLINE
+        while len(log.read_text().splitlines()) < 300:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+        assert not program.echoes()
+        program.process.send_signal(signal.SIGTERM)
+        if signals == 2:
+            os.kill(trainer_of(program), signal.SIGSTOP)  # it does not end by itself
+            time.sleep(1.1)  # the moment is the point: a second one that comes later ends at once
+            program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(DEADLINE) == 143
+        assert program.echoes()
+
+
+def test_input_that_is_empty_is_told(tmp_path):
+    with Program(tmp_path, '--console') as program:
+        status, output = program.types('')
+    assert status == 0 and '输入是空的' in output and 'nohup' in output
 
 
 # ------------------------------------------------------------------------------- what people really write
@@ -4384,7 +4635,7 @@ def test_a_terminal_that_goes_away(wechat, images, tmp_path, ignored):
     except OSError:
         pytest.skip('this system has no terminals')
     script = os.path.join(HERE, 'wechat_train.py')
-    env = {**os.environ, **wechat.env(), 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, **wechat.env(), 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'}
 
     def in_terminal():
         os.setsid()
@@ -5912,12 +6163,158 @@ def test_as_many_images_as_labels(images, tmp_path):
     assert status == 1 and '600 张图' in output and '599 个标签' in output
 
 
-def test_negative_losses_fit_into_the_curve(tmp_path):
+BLUE, ORANGE, PURPLE = (31, 119, 180), (255, 127, 14), (148, 103, 189)
+
+
+def picture_of(path, draw, *args, **how):
+    """Let draw() draw a picture, without any warning; return it as an array (height, width, 3)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)  # a character that the font lacks is one
+        draw(*args, path=path, **how)
+    with Image.open(path) as image:
+        assert image.width == 800  # a phone shows it on 390
+        return np.asarray(image.convert('RGB')).astype(int)
+
+
+def rows_with(picture, colour):
+    """Return the rows of pixels in which a colour is, and how many of them are."""
+    near = np.abs(picture - colour).sum(axis=2) < 60
+    return np.flatnonzero(near.any(axis=1)), near.sum()
+
+
+@pytest.mark.parametrize('scale', [1, -1, 1e-6, 1e6])
+def test_losses_fit_into_the_curve(tmp_path, scale):
+    """Of any size, a wild one among them: the line goes all over its panel, and so do two epochs."""
     path = str(tmp_path / 'curve.png')
-    losses = [(i / 10, -3 - i / 100) for i in range(20)]
-    utils.draw_curve(path, [(1, -3.05, 0.5, 0.5), (2, -3.1, 0.6, 0.6)], losses)
-    blue = np.asarray(Image.open(path).convert('RGB')).astype(int)[:520]
-    assert ((blue[..., 2] - blue[..., 0]) > 80).sum() > 500  # the line is inside
+    losses = [(i / 100, scale * (3 - i / 100)) for i in range(1, 201)]
+    losses[100], losses[120] = (1.01, 1e12 * scale), (1.21, math.nan)
+    history = [(1, 2.5 * scale, 0.5, 0.5), (2, 1.5 * scale, 0.6, 0.6)]
+    picture = picture_of(path, utils.draw_curve, history=history, losses=losses)
+    rows, many = rows_with(picture, BLUE)
+    assert many > 500 and np.ptp(rows[rows > 100]) > 150
+
+
+def test_accuracies_and_ones_own_numbers_fit_into_the_curve(tmp_path):
+    """Those that hardly differ, per cents, numbers of different sizes, each alone; no accuracy, no panel."""
+    path, heights = str(tmp_path / 'curve.png'), []
+    for accuracies in (
+        (0.970, 0.980, 0.990),
+        (60, 70, 80),
+        (1, 1, 1),
+        (None, 0.5, math.nan),
+        (0, 0, 0),
+        (None,) * 3,
+    ):
+        history = [(i, 1 / i, accuracy, accuracy, 0.1, 1) for i, accuracy in enumerate(accuracies, 1)]
+        picture = picture_of(path, utils.draw_curve, history=history, losses=[])
+        heights.append(len(picture))
+        rows, many = rows_with(picture, ORANGE)
+        if accuracies[0] in (0.970, 60):
+            assert np.ptp(rows[rows > len(picture) / 2 + 50]) > 200
+    assert heights[0] == heights[1] == heights[2] == heights[3] == 1040 and heights[4] == heights[5] < 700
+    assert not many
+    history = [(i, 1 / i, 0, 0, 0.1, 1) for i in (1, 2, 3)]
+    names = ('f1', 1e-3), ('召回率', 1e6), (r'_$\oops$', 1), ('\x07', -5)
+    numbers = [{name: i * size for name, size in names} for i in range(3)]
+    rows, _ = rows_with(
+        picture_of(path, utils.draw_curve, history=history, losses=[], numbers=numbers), PURPLE
+    )
+    panels = np.split(rows, np.flatnonzero(np.diff(rows) > 20) + 1)
+    assert len(panels) == 4 and all(np.ptp(panel) > 100 for panel in panels)
+
+
+def test_losses_without_progress_are_no_spikes(tmp_path):
+    """They all count for the end of their epoch: the picture is that of the same ones with progress()."""
+    path, values = str(tmp_path / 'curve.png'), [2 - i / 100 for i in range(100)]
+    places = [(i + 1) / 20 for i in range(100)]
+    pictures = [
+        picture_of(path, utils.draw_curve, history=[], losses=list(zip(x, values)))
+        for x in (places, np.ceil(places).tolist())
+    ]
+    assert (pictures[0] == pictures[1]).all()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 10), st.sampled_from(['restarted', 'back here', 'lr 0.1', 'lr 1e-05', 'lr 0.123456'])
+        ),
+        max_size=60,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_the_words_of_marks_never_cover_each_other(marks):
+    unit = 10 / 4.1 * 11 / 72 * 0.6  # the width of a letter
+    lanes = {}
+    for lane, start, text in utils.labels_of(marks, 10):
+        lanes.setdefault(lane, []).append((start, start + len(text) * unit))
+        assert 0 <= start and start + len(text) * unit <= 10.01
+    for places in lanes.values():
+        places.sort()
+        assert all(end <= start for (_, end), (start, _) in zip(places, places[1:]))
+    assert bool(lanes) == bool(marks)
+
+
+def write_font(path, text):
+    """Write a font in which each character of a text, and each of ASCII, is a black square."""
+    builder, pen = FontBuilder(1000, isTTF=True), TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 800), (900, 800), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    builder.setupGlyphOrder(['.notdef', 'square'])
+    builder.setupCharacterMap({ord(c): 'square' for c in text + ''.join(map(chr, range(32, 127)))})
+    builder.setupGlyf(dict.fromkeys(['.notdef', 'square'], pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(['.notdef', 'square'], (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({'familyName': 'Squares', 'styleName': 'Regular'})
+    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    builder.setupPost()
+    builder.save(path)
+
+
+DRAWING = """
+import sys, warnings
+warnings.simplefilter('error', UserWarning)
+import utils
+utils.draw_curve('curve.png', [(1, 2, 3, 4)], [], [(0.5, 'restarted')], [{'召回率': 1}])
+print(utils.in_picture('损失', 'loss'), utils.own_titles(['召回率', '精度', '轮', '轮']))
+"""
+
+
+def test_pictures_are_in_chinese_where_there_is_a_font_for_it(tmp_path):
+    """In the user's own fonts, say; a character that it lacks is no box and no warning."""
+    fonts = tmp_path / 'fonts'
+    fonts.mkdir()
+    write_font(fonts / 'wqy-microhei.ttf', '损失精度轮测试训练每批，')
+    env = {**os.environ, 'PYTHONPATH': HERE, 'MPLCONFIGDIR': matplotlib.get_configdir()}
+    for folder, words in ((tmp_path, "损失 ['own number 1', '精度', '轮 3', '轮 4']"), (tmp_path / 'no', '')):
+        env.update(XDG_DATA_HOME=str(folder), HOME=str(folder), PATH='/no/where')
+        done = subprocess.run(
+            [sys.executable, '-c', DRAWING],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert done.returncode == 0 and done.stderr == '', done.stderr
+        if words:
+            assert done.stdout.strip() == words
+        black = np.asarray(Image.open(tmp_path / 'curve.png').convert('L')) < 80
+        squares = sum(black[y : y + 12, x : x + 12].all() for y in range(0, 60, 4) for x in range(0, 780, 4))
+        assert (squares > 20) == bool(words)  # the title
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 7, 9, 16])
+def test_no_row_of_the_mistakes_is_empty(tmp_path, n):
+    mistakes = [(0.9, np.full((1, 28, 28), 0.2 + i / 100), 3, 4) for i in range(n)]
+    mistakes[0][1][0, 0, 0] = 1
+    picture = picture_of(str(tmp_path / 'mistakes.png'), utils.draw_mistakes, mistakes=mistakes)
+    dark = (picture.max(axis=2) < 250).any(axis=1)
+    gaps = np.diff(np.flatnonzero(np.concatenate([[True], dark, [True]])))
+    assert gaps.max() < 60  # pixels without anything
+    assert (picture.max(axis=2) < 200).mean() > 0.4
 
 
 def test_help_on_an_ascii_terminal(tmp_path):
@@ -6669,6 +7066,16 @@ def test_the_readme_counts_the_lines_that_differ_from_the_tutorial():
     new, gone = (sum(line.startswith(sign) for line in lines) for sign in '+-')
     with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
         assert f'{new} 行是教程没有的，教程有 {gone} 行这里没有' in f.read()
+
+
+def test_the_main_part_is_the_tutorials():
+    if not os.path.exists(TUTORIAL):
+        pytest.skip('the tutorial is not there')
+    parts = []
+    for path in (os.path.join(HERE, 'wechat_train.py'), TUTORIAL):
+        with open(path, encoding='utf-8') as f:
+            parts.append(f.read().rstrip().split("if __name__ == '__main__':\n")[1])
+    assert parts[0] == parts[1] and len(parts[0].splitlines()) == 3
 
 
 def code_of(path):
@@ -7423,13 +7830,13 @@ def test_what_a_notebook_cannot_do_is_one_line(tmp_path):
 def test_the_demo_trains_to_the_end_without_wechat(tmp_path):
     with Program(tmp_path, '--demo', env={'HTTPS_PROXY': 'http://127.0.0.1:9'}) as program:
         status, output = program.types('ti 2\n你好\n开始\n')
-    assert status == 0
-    reports = re.findall(r'(.*)\n第 (\d)/2 轮', output)
-    assert reports == [
-        ('演示数据：程序画的图，不是 Fashion-MNIST', '1'),
-        ('演示数据：程序画的图，不是 Fashion-MNIST', '2'),
-    ]
-    assert '训练完成\n完成 2/2 轮' in output and 'Traceback' not in output
+    assert status == 0 and '你好\n没有这个命令' in output and 'Traceback' not in output
+    reports = re.findall(r'第 (\d)/2 轮.*?测试精度 (\S+)', output, re.S)
+    assert [number for number, _ in reports] == ['1', '2'] and float(reports[1][1]) > 0.4
+    note = '演示数据：程序画的图，不是 Fashion-MNIST\n'
+    assert (
+        output.count(note) == 2 and note + '开始训练' in output and note + '训练完成\n完成 2/2 轮' in output
+    )
 
 
 def test_the_console_tells_a_crash_and_exits_with_1(images, tmp_path):
@@ -7511,6 +7918,53 @@ def test_help_and_wrong_options(tmp_path):
     with Program(tmp_path, '--console', '--data', str(tmp_path)) as program:
         status, output = program.types('')
     assert status == 2 and 'train-images-idx3-ubyte.gz' in output and 'Traceback' not in output
+
+
+@pytest.mark.parametrize('options', ['--filehelper --demo', '--console --filehelper', '--demo --data .'])
+def test_options_that_contradict_each_other_are_an_error(tmp_path, options):
+    with Program(tmp_path, *options.split()) as program:
+        status, output = program.types('')
+    assert status == 2 and '不能一起写' in output and 'Traceback' not in output
+
+
+OWN_OPTIONS = """
+import argparse, utils, itchat
+def nn_train(wechat_name, params):
+    pass
+parser = argparse.ArgumentParser()
+parser.add_argument('--log', type=int)
+parser.add_argument('--seed')
+print('OWN', parser.parse_known_args()[0])
+%s
+utils.chat_supervisor(nn_train)
+print('SEED', utils.options.seed)
+itchat.auto_login()
+itchat.run()
+"""
+
+
+def test_options_count_without_a_line_of_the_scripts(tmp_path):
+    """What is not ours is the script's, though it begins like ours; parse_args() still refuses it."""
+    script = tmp_path / 'own.py'
+    script.write_text(OWN_OPTIONS % '')
+    with Program(tmp_path, '--log', '3', '--seed', '5', '--console', script=str(script)) as program:
+        status, output = program.types('参数\n')
+    assert status == 0 and "log=3, seed='5'" in output and 'SEED 5' in output
+    assert '--log 不是这里的选项' in output and 'bs = 256' in output
+    script.write_text(OWN_OPTIONS % 'utils.parse_args()')
+    with Program(tmp_path, '--log', '3', '--console', script=str(script)) as program:
+        status, output = program.types('')
+    assert status == 2 and '--log 3' in output.splitlines()[-1]
+    script.write_text(OWN_OPTIONS % 'utils.parse_args([]); utils.options.console = True')
+    with Program(tmp_path, '--log', '3', '--seed', 'five', script=str(script)) as program:
+        status, output = program.types('参数\n')
+    assert status == 0 and "seed='five'" in output and 'SEED 0' in output
+
+
+def test_packages_that_are_missing_are_one_line(tmp_path):
+    with Program(tmp_path, '--demo', python=('-S',)) as program:
+        status, output = program.types('')
+    assert status == 1 and len(output.splitlines()) == 1 and '-m pip install --no-deps -r' in output
 
 
 PRETEND = """

@@ -37,6 +37,30 @@ import signal
 
 # ------------------------------------------------------------------------------------- two processes
 
+
+def explain_missing_package(kind: type, error: BaseException, trace: 'Any') -> None:
+    """Say in one line how to install a package that this file does not find; be Python's own hook else."""
+    frames = [trace]
+    while frames[-1].tb_next:
+        frames.append(frames[-1].tb_next)
+    ours = any(each.tb_frame.f_globals is globals() for each in frames)
+    if not ours or not issubclass(kind, ModuleNotFoundError):
+        return previous_hook(kind, error, trace)
+    here = os.path.dirname(os.path.abspath(__file__))
+    wanted, venv = os.path.join(here, 'requirements.txt'), os.path.join(here, '.venv')
+    install = f'{{}} -m pip install --no-deps -r {wanted}'
+    if os.path.exists(os.path.join(venv, 'bin', 'python')) and not sys.prefix.startswith(venv):
+        how = f'用 {venv}/bin/python 代替 {sys.executable}'
+    elif sys.prefix != sys.base_prefix:
+        how = '先运行 ' + install.format(sys.executable)
+    else:
+        how = f'先运行 python3 -m venv {venv} && ' + install.format(f'{venv}/bin/python')
+        how += f'，再用 {venv}/bin/python 代替 {sys.executable}'
+    print(f'这个 Python 没有 {error.name}：{how}', file=sys.stderr)
+
+
+previous_hook, sys.excepthook = sys.excepthook, explain_missing_package  # until all is imported
+
 ROLE = 'WECHAT_TRAIN_ROLE'  # in the environment: its starter's number, what a process is, words for it
 
 
@@ -143,6 +167,7 @@ import contextlib
 import csv
 import email.utils
 import enum
+import errno
 import fcntl
 import functools
 import glob
@@ -166,6 +191,7 @@ import sqlite3
 import ssl
 import stat
 import struct
+import termios
 import threading
 import time
 import traceback
@@ -378,7 +404,8 @@ class Printer:
     """Prints what both processes say, by a thread of its own: a terminal that nobody reads holds up nobody.
 
     Every thread of the talking process puts something in; `changed` guards it all. What is too much is
-    dropped, the oldest first, and how much that was is said.
+    dropped, the oldest first, and how much that was is said. Once ask() was called the same thread reads what
+    is typed, at a Prompt, as long as the terminal is this program's: then that prints.
     """
 
     ROOM = 2**20  # bytes that may wait
@@ -391,6 +418,10 @@ class Printer:
         self.unfinished = None  # who has begun a line that has no end yet
         self.written = 0  # pieces so far
         self.busy = False
+        self.take, self.ctrl_d_ends, self.prompt = None, True, None  # see ask()
+        self.wake = None  # while there is a prompt: tells it of a change
+        self.closing = False
+        self.modes = None  # the terminal's, which are to be restored
         threading.Thread(target=self.work, name='printer', daemon=True).start()
 
     def put(self, number: int, source: str, content: bytes) -> None:
@@ -402,13 +433,28 @@ class Printer:
                 _, _, oldest = self.waiting.popleft()
                 self.size -= len(oldest)
                 self.dropped += oldest.count(b'\n')
-            self.changed.notify_all()
+            self.notify()
 
     def show_bar(self, text: str) -> None:
         """Let `text` be the progress bar, if there is a terminal."""
         with self.changed:
             self.bar = self.encode(text) if os.isatty(2) else b''
-            self.changed.notify_all()
+            self.notify()
+
+    def notify(self) -> None:
+        """Tell the thread that something has changed. Needs `changed`."""
+        self.changed.notify_all()
+        if self.wake:
+            self.wake()
+
+    def ask(self, take: Callable, ctrl_d_ends: bool) -> bool:
+        """Hand what is typed to take(), by lines, None at its end; return False where there is no prompt."""
+        if not (os.isatty(0) and os.isatty(1) and os.environ.get('TERM', 'dumb') not in ('dumb', 'unknown')):
+            return False
+        with self.changed:
+            self.take, self.ctrl_d_ends = take, ctrl_d_ends
+            self.notify()
+        return True
 
     def encode(self, text: str) -> bytes:
         """Return a text as the terminal reads it."""
@@ -416,20 +462,61 @@ class Printer:
 
     def work(self) -> None:
         """Print what is put in: the work of the printer's thread."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, BACKGROUND)
         while True:
+            if self.take and not os.isatty(0):
+                self.end_input()
+            elif self.take and not self.closing and in_foreground():
+                self.converse()
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.bar != self.drawn)
-                number, source, content = self.waiting.popleft() if self.waiting else (2, '', b'')
-                self.size -= len(content)
-                if self.dropped:
-                    content = self.encode(f'（有 {self.dropped} 行没有打印：终端没有在读）\n') + content
-                    self.dropped = 0
-                bar, self.busy = self.bar, True
+                if not self.waiting and self.bar == self.drawn:
+                    self.changed.wait(1 if self.take else None)  # nobody tells who comes to the foreground
+                    continue
+                [(number, source, content)], bar = self.next_pieces(1) or [(2, '', b'')], self.bar
             self.print(number, source, content, bar)
             with self.changed:
-                self.busy, self.written = False, self.written + 1
                 self.bar = self.drawn if self.unfinished else self.bar  # it has no room under a half line
-                self.changed.notify_all()
+                self.is_done()
+
+    def end_input(self) -> None:
+        """Note that nothing more will be typed: the work of the printer's thread."""
+        take, self.take = self.take, None
+        take(None)
+
+    def next_pieces(self, most: int) -> list:
+        """Return the next pieces to print, which then are being printed. Needs `changed`."""
+        pieces = [self.waiting.popleft() for _ in range(min(most, len(self.waiting)))]
+        self.size -= sum(len(content) for _, _, content in pieces)
+        if self.dropped and pieces:
+            number, source, content = pieces[0]
+            note = self.encode(f'（有 {self.dropped} 行没有打印：终端没有在读）\n')
+            pieces[0], self.dropped = (number, source, note + content), 0
+        self.busy = True
+        return pieces
+
+    def is_done(self) -> None:
+        """Note that what was taken is printed. Needs `changed`."""
+        self.busy, self.written = False, self.written + 1
+        self.changed.notify_all()
+
+    def converse(self) -> None:
+        """Print and read at a prompt: until the input ends, the program ends or is put into the background.
+
+        Where that does not work, what is typed is read without a prompt.
+        """
+        from asyncio import run
+
+        self.print(2, '', b'\n' if self.unfinished else b'', b'')
+        try:
+            self.prompt = self.prompt or Prompt(self)
+            run(self.prompt.run())
+        except Exception:  # of a library, in whatever a terminal may be
+            print_traceback()
+            threading.Thread(target=read_lines, args=(self.take,), daemon=True).start()
+            self.take = None
+        with self.changed:
+            self.wake = None
+            self.is_done()
 
     def print(self, number: int, source: str, content: bytes, bar: bytes) -> None:
         """Write one piece, after the end of a line of somebody else's, and the bar under it."""
@@ -452,12 +539,218 @@ class Printer:
     def close(self) -> None:
         """Wait until all is printed, but not for a terminal that takes nothing for a second."""
         with self.changed:
-            self.bar = b''
-            while self.waiting or self.busy or self.drawn:
+            self.bar, self.closing = b'', True
+            while self.waiting or self.busy or self.drawn or self.wake:
                 written = self.written
-                self.changed.notify_all()
+                self.notify()
                 if not self.changed.wait_for(lambda n=written: self.written != n, 1):
-                    return
+                    break
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the terminal back as it was before the prompt."""
+        if self.modes:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSANOW, self.modes)
+
+
+BACKGROUND = {signal.SIGTTIN, signal.SIGTTOU}  # what stops a process that uses a terminal from the background
+
+
+def in_foreground() -> bool:
+    """Return whether what is typed is for this process; of a file or a pipe it is."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError as error:
+        return error.errno == errno.ENOTTY
+
+
+def read_lines(take: Callable) -> None:
+    """Hand what is typed, or comes through a pipe, to take(), by lines, then None: a thread of its own."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, BACKGROUND)
+    rest = b''
+    while True:
+        try:
+            select.select([0], [], [])
+            typed = os.read(0, 65536) if in_foreground() else None
+        except OSError:  # the terminal is gone, or was taken away at this moment
+            typed = None if os.isatty(0) else b''
+        if typed is None:
+            time.sleep(1)  # nobody tells who comes to the foreground
+            continue
+        *lines, rest = (rest + (typed or b'\n' * bool(rest))).split(b'\n')
+        for line in lines:
+            take(line.decode(sys.stdin.encoding or 'utf-8', 'replace'))
+        if not typed:
+            return take(None)
+
+
+class Interrupted(Exception):
+    """The prompt is taken away for a moment, or for good."""
+
+
+class Prompt:
+    """The terminal as a chat, by prompt_toolkit: what is printed stands above the prompt, the bar below it.
+
+    The printer's thread makes and runs it.
+    """
+
+    def __init__(self, printer: Printer):
+        from prompt_toolkit import PromptSession  # 8 MB and 75 ms: not before it is needed
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import InMemoryHistory
+        from prompt_toolkit.input.vt100 import Vt100Input
+        from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.output.vt100 import Vt100_Output
+        from prompt_toolkit.shortcuts import CompleteStyle
+        from prompt_toolkit.styles import Style
+
+        self.printer, self.rest = printer, {}  # the latter: who has begun a line that has no end yet -> it
+        self.suspends, self.document = (
+            False,
+            '',
+        )  # the latter: what stands at the prompt when it is taken away
+        bindings, keys = KeyBindings(), Vt100Input(sys.stdin)
+        bindings.add('c-z')(lambda event: self.interrupt(suspend=True))
+        keys.raw_mode, keys.cooked_mode = self.keys_as_typed, contextlib.nullcontext
+        printed = Printed(1, sys.stdout.encoding, lambda number, who, content: printer.write(number, content))
+        screen = Vt100_Output.from_pty(printed, os.environ['TERM'])
+        screen.get_rows_below_cursor_position = lambda: 1  # or it would ask the terminal, and wait
+        words = [word for pair in COMMANDS.items() for word in (pair[0], pair[1].chinese)]
+        before = "SELECT text FROM message WHERE id LIKE 'typed %' ORDER BY rowid DESC LIMIT 100"
+        self.session = PromptSession(
+            '> ',
+            completer=WordCompleter([*words, 'lr', 'ti', 'bs'], ignore_case=True, sentence=True),
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
+            reserve_space_for_menu=0,
+            history=InMemoryHistory([text for [text] in memory.rows(before)][::-1]),
+            key_bindings=bindings,
+            style=Style.from_dict({'bottom-toolbar': 'noreverse'}),
+            include_default_pygments_style=False,
+            input=keys,
+            output=screen,
+        )
+
+    @contextlib.contextmanager
+    def keys_as_typed(self) -> Iterator:
+        """Let the terminal hand on each key at once; Ctrl-C, Ctrl-\\, Ctrl-S mean what they do elsewhere."""
+        before, now = termios.tcgetattr(0), termios.tcgetattr(0)
+        now[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
+        now[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
+        now[6][termios.VMIN], now[6][termios.VTIME] = 1, 0
+        now[6][termios.VSUSP] = bytes([os.fpathconf(0, 'PC_VDISABLE') & 0xFF])  # see suspend()
+        self.printer.modes = before
+        termios.tcsetattr(0, termios.TCSANOW, now)
+        try:
+            yield
+        finally:
+            self.printer.restore()
+            self.printer.modes = None
+
+    async def run(self) -> None:
+        """Read, and print what is put into the printer, until the reading ends."""
+        from asyncio import Event, TimeoutError, ensure_future, get_running_loop, wait_for
+
+        from prompt_toolkit.application import in_terminal
+
+        woken, printer, drawn = Event(), self.printer, 0.0
+        with printer.changed:
+            printer.wake = functools.partial(get_running_loop().call_soon_threadsafe, woken.set)
+        reading = ensure_future(self.read())
+        reading.add_done_callback(lambda _: woken.set())
+        woken.set()
+        while not reading.done():
+            with contextlib.suppress(TimeoutError):
+                await wait_for(woken.wait(), 0.5)  # nobody tells who takes the terminal, or changes its modes
+            woken.clear()
+            with printer.changed:
+                pieces = printer.next_pieces(1000)
+            content = self.whole_lines(pieces)
+            if content:
+                async with in_terminal():
+                    for number, lines in content:
+                        printer.write(number, lines)
+            with printer.changed:
+                printer.is_done()
+                more, below = bool(printer.waiting), self.below()
+            if below != self.session.bottom_toolbar and time.monotonic() - drawn > 0.2:  # it takes 2 ms
+                self.session.bottom_toolbar, drawn = below, time.monotonic()
+                self.session.app.invalidate()
+            if printer.closing and not more or self.is_lost():
+                self.interrupt()
+            elif more:
+                woken.set()
+        with printer.changed:
+            printer.wake = None
+            for (number, source), rest in self.rest.items():
+                printer.waiting.appendleft((number, source, rest))
+                printer.size += len(rest)
+        self.rest.clear()
+        reading.result()
+
+    def whole_lines(self, pieces: list) -> list:
+        """Return [(file descriptor, lines)] for pieces; what has no end yet is kept for the next time."""
+        content = []
+        for number, source, text in pieces:
+            *lines, rest = (self.rest.pop((number, source), b'') + text).split(b'\n')
+            if len(rest) > 65536:
+                lines, rest = [*lines, rest], b''
+            if rest:
+                self.rest[number, source] = rest
+            if lines:
+                content.append((number, b'\n'.join([*lines, b''])))
+        return content
+
+    def below(self) -> Optional[str]:
+        """Return what stands below the prompt: a line that has no end yet, and the bar. Needs `changed`."""
+        begun = [rest.decode(sys.stdout.encoding, 'replace') for rest in self.rest.values()]
+        texts = [text.rstrip('\r').split('\r')[-1][-1000:] for text in begun[-1:]]
+        texts.append(self.printer.bar.decode(sys.stderr.encoding, 'replace'))
+        return '\n'.join(filter(None, texts)) or None
+
+    async def read(self) -> None:
+        """Hand on the lines that are typed, until their end, or the terminal is no longer this program's."""
+        session = self.session
+        while not self.printer.closing and in_foreground():
+            session.app.erase_when_done = False
+            try:
+                how = {'set_exception_handler': False, 'handle_sigint': False}
+                line = await session.prompt_async(default=self.document, **how)
+            except Interrupted:
+                self.document = session.default_buffer.document
+                if self.suspends:
+                    self.suspends = False
+                    suspend()
+            except EOFError:
+                if session.input.closed or self.printer.ctrl_d_ends:
+                    return self.printer.end_input()
+            else:
+                self.document = ''
+                self.printer.take(line.encode('utf-8', 'replace').decode())
+
+    def interrupt(self, suspend: bool = False) -> None:
+        """Take the prompt away; read() shows it again, where it may, after the program was suspended."""
+        app = self.session.app
+        if app.is_running and not app.is_done:
+            self.suspends, app.erase_when_done = suspend, True
+            app.exit(exception=Interrupted())
+
+    def is_lost(self) -> bool:
+        """Return whether the terminal is another program's now, or was while this one was stopped."""
+        try:
+            echoes = bool(termios.tcgetattr(0)[3] & termios.ECHO)
+            return self.printer.modes is not None and (echoes or not in_foreground())
+        except termios.error:
+            return True
+
+
+def suspend() -> None:
+    """Stand still until SIGCONT, as after Ctrl-Z; a parent that runs for this process alone does, too."""
+    with contextlib.suppress(OSError):
+        if os.getpgid(os.getppid()) == os.getpgrp():
+            os.kill(os.getppid(), signal.SIGTSTP)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTSTP)  # os.kill() might return before it
 
 
 class Printed(io.TextIOBase):
@@ -546,11 +839,20 @@ OPTIONS = {  # default, what stands for it in the help, its help
 }
 
 
+CONTRADICTIONS = (
+    *(('console', 'filehelper'), ('demo', 'filehelper'), ('demo', 'data'), ('join', 'filehelper')),
+    *(('logout', 'console'), ('logout', 'demo'), ('logout', 'join')),
+    ('join', 'console'),
+    *(('supervisor', name) for name in ('console', 'demo', 'filehelper', 'join')),
+)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the options that every script has that calls parse_args()."""
+    """Return the parser of the options that every script has."""
     parser = argparse.ArgumentParser(
         description='训练神经网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。',
         epilog='退出状态：0 正常；1 登录失败或训练出错；2 选项不对；130、143、129 是被信号结束。',
+        allow_abbrev=False,  # a script's --log is not our --logout
     )
     for name, text in FLAGS.items():
         parser.add_argument(f'--{name}', action='store_true', help=text)
@@ -1746,6 +2048,12 @@ def send(person: Person, letter: Letter) -> tuple:
     return problem, str(answer.get('MsgID') or '')
 
 
+def printed_letter(letter: Any) -> str:
+    """Return what stands in the terminal for a letter or a text."""
+    letter = letter if isinstance(letter, Letter) else Letter(letter)
+    return f'图片：{shown(letter.content)}' if letter.kind == 'picture' else letter.content
+
+
 def write_undelivered(person: Person, text: str, why: str) -> None:
     """Put what nobody would take into the run's folder."""
     say(f'没有发给 {visible(person.name)}（{why}）：{text}')
@@ -1811,6 +2119,30 @@ class Client:
         """Print what goes through the chat."""
         say(text)
 
+    def typed_lines(self, ctrl_d_ends: bool) -> queue.Queue:
+        """Return where the lines arrive that are typed from now on, at a prompt if possible, then None."""
+        lines = queue.Queue(1000)
+        if not (printer and printer.ask(lines.put, ctrl_d_ends)):
+            threading.Thread(target=read_lines, args=(lines.put,), name='typed', daemon=True).start()
+        return lines
+
+    def take_line(self, line: str, **how: Any) -> str:
+        """Take in a line that was typed, as the owner's message; return its number."""
+        number, owner = f'typed {time.time_ns()}', {'UserName': 'filehelper'}
+        msg = {'Type': itchat.content.TEXT, 'Text': line, 'User': owner, 'MsgId': number, **how}
+        taken = trainer.take({**msg, 'FromUserName': 'filehelper', 'ToUserName': 'filehelper'})
+        if not taken and line.strip() and trainer.told.get('commands'):
+            print_line('没有这个命令，“帮助”列出全部命令。\n')
+        return number
+
+    def obey_typed(self, lines: queue.Queue) -> None:
+        """Take in what is typed beside a chat: a thread of its own."""
+        while (line := lines.get()) is not None:
+            try:
+                self.take_line(line, Typed=True)
+            except Exception:
+                print_traceback()
+
     def keep_session(self) -> None:
         """Keep the session for the next start, with what has been read."""
 
@@ -1844,6 +2176,8 @@ class Client:
         if self.exit_signal is not None:
             if now - self.signal_came > 1:
                 trainer.kill()
+                if printer:
+                    printer.restore()
                 os._exit(128 + number)
             return
         self.exit_signal, self.signal_came = number, now
@@ -1925,40 +2259,25 @@ class Terminal(Client):
 
     def run(self) -> None:
         """Carry out what is typed, until the end of the input or a signal; end the program."""
-        with contextlib.suppress(SystemExit):
-            for line in self.read_lines():
-                if not sys.stdin.isatty():
+        with contextlib.suppress(SystemExit), self.waiting():
+            lines, typed, empty = self.typed_lines(ctrl_d_ends=True), os.isatty(0), True
+            while (line := lines.get()) is not None:
+                empty = False
+                if not typed:
                     print_line('> ' + line.rstrip())
-                with self.waiting():
-                    self.receive(line)
-            if trainer.is_busy() and sys.stdin.isatty():
+                self.receive(line)
+            if trainer.is_busy() and typed:
                 say('训练完就结束；现在就要停，按 Ctrl-C。')
-            with self.waiting():
-                trainer.end(stop=False)
-                countdown.wait()
+            elif empty and not typed:  # nohup, < /dev/null
+                say('输入是空的，没有命令可做，程序结束。不在终端里，可以这样给命令：')
+                say("printf 'ti 5\\n开始\\n' | nohup python …… --console &")
+            trainer.end(stop=False)
+            countdown.wait()
         self.end()
-
-    def read_lines(self) -> Iterator:
-        """Yield what is typed, as it is read: at a signal nothing is lost in a buffer."""
-        rest = b''
-        while self.exit_signal is None:
-            with self.waiting():
-                try:
-                    select.select([sys.stdin.fileno()], [], [])
-                    typed = os.read(sys.stdin.fileno(), 65536)
-                except (AttributeError, OSError, ValueError):  # closed, or not to be read: the end of it
-                    typed = b''
-            *lines, rest = (rest + (typed or b'\n' * bool(rest))).split(b'\n')
-            yield from (line.decode(sys.stdin.encoding or 'utf-8', 'replace') + '\n' for line in lines)
-            if not typed:
-                return
 
     def receive(self, line: str) -> None:
         """Carry out a command; its answer stands under it."""
-        number, owner = f'typed {time.time_ns()}', {'UserName': 'filehelper'}
-        msg = {'Type': itchat.content.TEXT, 'Text': line, 'User': owner, 'MsgId': number}
-        trainer.take({**msg, 'FromUserName': 'filehelper', 'ToUserName': 'filehelper'})
-        trainer.wait_answered(number)
+        trainer.wait_answered(self.take_line(line))
         mail.wait()
 
     def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
@@ -1968,7 +2287,7 @@ class Terminal(Client):
 
     def send_image(self, fileDir: Optional[str] = None, toUserName: Optional[str] = None, *args) -> dict:
         """Print where a picture is."""
-        return self.send_msg(f'图片：{shown(fileDir)}', toUserName)
+        return self.send_msg(printed_letter(Letter(fileDir, 'picture')), toUserName)
 
     def log(self, text: str) -> None:
         """Print nothing: the terminal has it already."""
@@ -2668,8 +2987,14 @@ class WeChat(itchat.Core, Client):
         self.alive = True
 
     def run(self) -> None:
-        """Receive until a signal comes, in one session after the other; then end the program."""
+        """Receive until a signal comes, in one session after the other; then end the program.
+
+        What is typed in the terminal meanwhile is the owner's, and answered there.
+        """
         failures = 0
+        if printer and os.isatty(0):  # else the terminal is that of an interpreter or a debugger
+            lines = self.typed_lines(ctrl_d_ends=False)
+            threading.Thread(target=self.obey_typed, args=(lines,), name='typed', daemon=True).start()
         with contextlib.suppress(SystemExit):  # of leave()
             while self.exit_signal is None:
                 try:
@@ -3087,6 +3412,7 @@ class Order(NamedTuple):
     person: Person
     text: str
     path: str = ''  # to go on from this checkpoint, without an answer if that works
+    typed: bool = False  # beside a chat: to be answered in the terminal
 
     def words(self) -> dict:
         """Return what the training process is told, with what the memory knows of the runs asked for."""
@@ -3318,7 +3644,7 @@ class Trainer:
                 order = self.orders.pop(number)
                 why = '启动不了' if all_of_them else '没有了'
                 text = f'“{order.text.strip()[:20]}”没有执行：训练的进程{why}。'
-                mail.put(*[(order.person, text)] * (not order.path), also=[done(number)])
+                self.reply(order, [text] * (not order.path), [done(number)])
         return statements
 
     def kill(self) -> None:
@@ -3356,22 +3682,26 @@ class Trainer:
 
     # -- what comes from the chat
 
-    def take(self, msg: dict) -> None:
-        """Take in a message that was received: accept a command, hand on what the script has handlers for."""
+    def take(self, msg: dict) -> bool:
+        """Take in a message that was received: accept a command, hand on what the script has handlers for.
+
+        Return False when it was neither.
+        """
         chat = {templates.MassivePlatform: 'MpChat', templates.Chatroom: 'GroupChat'}
         chat = chat.get(type(msg['User']), 'FriendChat')
         is_text = msg['Type'] == itchat.content.TEXT and chat == 'FriendChat'
         if is_text and self.told.get('commands') and self.hear(msg):
-            return
-        if msg['Type'] in self.told.get('handlers', {}).get(chat, ()):
-            if callable(msg.get('Text')):
-                self.downloads[msg['MsgId']] = msg['Text']
-                if len(self.downloads) > 100:
-                    self.downloads.popitem(last=False)
-            msg = {**msg, 'User': dict(msg['User'])}
-            if self.line.waiting.qsize() > 1000:  # it does not read: these are not commands
-                return
+            return True
+        if msg['Type'] not in self.told.get('handlers', {}).get(chat, ()):
+            return False
+        if callable(msg.get('Text')):
+            self.downloads[msg['MsgId']] = msg['Text']
+            if len(self.downloads) > 100:
+                self.downloads.popitem(last=False)
+        msg = {**msg, 'User': dict(msg['User'])}
+        if self.line.waiting.qsize() <= 1000:  # else it does not read, and these are not commands
             self.line.send('message', chat=chat, msg={k: v for k, v in msg.items() if not callable(v)})
+        return True
 
     def hear(self, msg: dict) -> bool:
         """Accept a command; return False when a message is none, or nobody's who could command."""
@@ -3382,13 +3712,14 @@ class Trainer:
         if not parsed.complete and not people.may_command(person):
             return True  # a friend's small talk that looks like one
         name, text, old = visible(person.name), msg['Text'].strip(), itchat.instance.is_old(msg)
-        itchat.instance.log(f'{name}：{visible(text)}')
+        if 'Typed' not in msg:
+            itchat.instance.log(f'{name}：{visible(text)}')
         if memory.rows('SELECT 1 FROM message WHERE id = ?', msg['MsgId']):
             return True  # the server sends it again
         if not people.permit(person, text, old):
             itchat.instance.log(f'{name} 不能下命令')
             return True
-        self.accept(Order(msg['MsgId'], person, msg['Text']), parsed, old)
+        self.accept(Order(msg['MsgId'], person, msg['Text'], typed='Typed' in msg), parsed, old)
         return True
 
     def accept(self, order: Order, parsed: Parsed, old: bool) -> None:
@@ -3400,7 +3731,7 @@ class Trainer:
             if not answer and len(parsed.commands) + bool(parsed.almost) == 1:
                 answer = self.own_answer(parsed.commands[0]) if parsed.commands else explain(parsed.almost)
             if answer:
-                mail.put((order.person, answer), also=[(*row, 0)])
+                self.reply(order, [answer], [(*row, 0)])
                 return
             memory.write((*row, 1), *forget_messages())
             self.orders[order.id] = order
@@ -3408,6 +3739,18 @@ class Trainer:
                 self.hand_over(order)
             elif self.state is State.GONE and not self.ending:
                 self.start()
+
+    def reply(self, order: Order, letters: Iterable, statements: Iterable) -> list:
+        """Answer a command with texts or Letters, where it came from; return the keys of what the mail takes.
+
+        The statements for the memory are executed with it.
+        """
+        if not order.typed:
+            return mail.put(*((order.person, letter) for letter in letters), also=statements)
+        memory.write(*statements)
+        for letter in letters:
+            print_line(f'{printed_letter(letter)}\n')
+        return []
 
     def repeated(self, order: Order, parsed: Parsed) -> str:
         """Return what to say to a command that was only repeated because no answer came, else ''.
@@ -3567,7 +3910,7 @@ class Trainer:
                     self.saved &= 'begun' not in run
                     self.run = {**({} if 'begun' in run else self.run), **run}
                     also.append(self.run_row())
-                keys = mail.put(*((order.person, letter) for letter in letters), also=also)
+                keys = self.reply(order, letters, also)
                 if self.unheard.get(order.person) == (commands_of(order.text), ()):
                     self.unheard[order.person] = commands_of(order.text), keys
             self.guard.notify_all()
@@ -3662,7 +4005,7 @@ class Trainer:
                 order = self.orders[number]
                 text = f'训练的进程 {self.PATIENCE} 秒没有回答“{order.text.strip()[:20]}”；'
                 text += '它要是卡住了，发“重启”。'
-                mail.put((order.person, Letter(text, 'notice')))
+                self.reply(order, [Letter(text, 'notice')], [])
                 self.sent[number] = math.inf
                 self.guard.notify_all()
 
@@ -4076,25 +4419,53 @@ from mxnet import nd
 from mxnet.gluon import nn
 from mxnet.gluon.contrib import estimator
 
+sys.excepthook = previous_hook
+
 # --------------------------------------------------------------------------------- the command line
 
 
 INTERACTIVE = hasattr(sys, 'ps1') or bool(sys.flags.interactive)  # a notebook, too: it outlives a program
 
 
-def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
-    """Read the command line (or `argv`) into `options`; the talking process hears of them at the login.
+options_are_read = False
 
-    A training script calls this once, before chat_supervisor(). Ends the program with status 2, after a line
-    that says why, when an option is wrong. A notebook's cell has no command line.
+
+def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
+    """Read the command line (or `argv`) into `options`; return them. The login hands them to what talks.
+
+    A script need not call this: chat_supervisor() and auto_login() read the options that are ours and leave
+    the others to the script. Called before them it decides: it refuses what is not ours, and parse_args([])
+    says that all are the script's own. A notebook's cell has no command line. Ends the program with status 2,
+    after a line that says why, when an option is wrong.
     """
+    return read_options(argv, make_parser().parse_args)
+
+
+def read_own_options() -> None:
+    """Do what parse_args() does with those options that are ours, unless it was called."""
+    if not options_are_read:
+        read_options(None, make_parser().parse_known_args)
+
+
+def read_options(argv: Optional[list], parse: Callable) -> argparse.Namespace:
+    """Read, with this method of a parser, and check; see parse_args()."""
+    global options_are_read, learning_rate
+    options_are_read = True
     make_streams_safe()
-    parser = make_parser()
     for name in (*FLAGS, *OPTIONS) if INTERACTIVE else ():  # what another cell has said
         delattr(options, name)
     if argv is None and INTERACTIVE and not hasattr(sys.modules['__main__'], '__file__'):
         argv = []
-    parser.parse_args(argv, namespace=options)
+    parser, read = make_parser(), parse(argv, namespace=options)
+    others = [text for text in read[1] if text.startswith('--')] if isinstance(read, tuple) else []
+    if others:
+        say(f'{" ".join(others)} 不是这里的选项，留给脚本自己用。')
+    options.supervisor = list(dict.fromkeys(options.supervisor))  # they may have been read before
+    for one, other in CONTRADICTIONS:
+        if getattr(options, one) and getattr(options, other):
+            parser.error(f'--{one} 和 --{other} 不能一起写')
+    if options.demo and learning_rate == 0.5:
+        learning_rate = DEMO_LEARNING_RATE
     if not all(map(canonical, options.supervisor)):
         parser.error('--supervisor：名字是空的')
     if options.trace:
@@ -4142,6 +4513,7 @@ def check_workers(parser: argparse.ArgumentParser) -> None:
 # ------------------------------------------------------------------------------------------ the data
 
 DEMO = object()  # drawn images
+DEMO_LEARNING_RATE = 0.2  # with 0.5, the tutorial's, some seeds learn nothing of them
 data_dir = None  # a folder with the four IDX files, or DEMO; None: what the command line says
 
 FILES = {  # the official files and their MD5, from https://github.com/zalandoresearch/fashion-mnist
@@ -6223,7 +6595,7 @@ class Run:
             *self.forgotten(),
             f'用时 {duration(seconds)}{self.time_left()}',
         ]
-        return Letter(data_note() + '\n'.join(lines), 'report', self.history.score(row))
+        return Letter('\n'.join(lines), 'report', self.history.score(row))
 
     def forgotten(self) -> list:
         """Return, in the first report, a line about Trainers that are in no checkpoint, if there are any."""
@@ -6319,7 +6691,7 @@ class Run:
             lines += filter(None, [self.speed()])
             lines.append(f'已用 {duration(self.clock.elapsed())}{self.time_left()}')
         lines.append(self.values() if self.busy else values_now())
-        return data_note() + '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}'])
+        return '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}'])
 
     def speed(self) -> str:
         """Return how many images a second the present pass has trained, in words; '' when nobody knows."""
@@ -6541,82 +6913,241 @@ def error_lines(error: BaseException) -> list:
     return lines + [f'{os.path.basename(p.filename)} 第 {p.lineno} 行：{p.line}' for p in frames[-1:]]
 
 
-def draw_marks(marks: Iterable, above: Any, *others: Any) -> None:
-    """Draw a grid into axes, and a dashed line for each (epochs, word); the words stand in the first."""
-    for axes in (above, *others):
-        axes.grid(alpha=0.3)
-        for epochs, _ in marks:
-            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8)
-    for epochs, word in marks:
-        above.annotate(
-            word,
-            (epochs, 1),
-            xycoords=('data', 'axes fraction'),
-            rotation=90,
-            va='top',
-            ha='right',
-            color='gray',
-        )
+CHINESE_FONTS = (  # names of files, the best first
+    *(r'(NotoSansCJK|NotoSansSC|SourceHanSans).*Regular', 'wqy-microhei', 'wqy-zenhei', 'msyh', 'simhei'),
+    *('PingFang', 'Hiragino Sans GB', 'STHeiti', 'DroidSansFallback', 'NotoSans(CJK|SC)', 'SourceHan'),
+    *('NotoSerif(CJK|SC)', 'simsun', 'Songti', 'uming', 'ukai', 'Arial Unicode'),
+)
+MARKS = {'restarted': '重启', 'back here': '回退到这里'}
+CLASSES = 'T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot'.split()  # of Fashion-MNIST
+CHINESE_CLASSES = 'T恤 裤子 套头衫 连衣裙 外套 凉鞋 衬衫 运动鞋 包 短靴'.split()
+
+
+@functools.lru_cache(1)
+def chinese_font() -> tuple:
+    """Return (path of a font file of this machine's with Chinese, the numbers of its characters).
+
+    (None, those of ASCII) where there is none.
+    """
+    from matplotlib import font_manager, ft2font
+
+    paths = sorted(font_manager.findSystemFonts())
+    for pattern in CHINESE_FONTS:
+        for path in paths:
+            with contextlib.suppress(OSError, RuntimeError):  # damaged, no font at all
+                if re.search(pattern, os.path.basename(path), re.I):
+                    characters = frozenset(ft2font.FT2Font(path).get_charmap())
+                    if characters.issuperset(map(ord, '损失精度轮')):
+                        return path, characters
+    return None, frozenset(range(32, 127))
+
+
+def in_picture(chinese: str, english: str = '') -> str:
+    """Return what a picture can say: the Chinese where there is a font for all of it, else the English.
+
+    Without that, the characters of it that can be drawn.
+    """
+    drawable = [c for c in chinese if ord(c) in chinese_font()[1]]
+    text = english if english and len(drawable) < len(chinese) else ''.join(drawable)
+    return text.replace('$', r'\$')  # matplotlib's sign for a formula
+
+
+def font(size: float) -> Any:
+    """Return the font of what is written in pictures, in points; 12 are 13 pixels on a phone 390 wide."""
+    from matplotlib.font_manager import FontProperties
+
+    return FontProperties(fname=chinese_font()[0], size=size)
 
 
 def draw_curve(
     path: str, history: list, losses: list, marks: Iterable = (), numbers: Iterable = (), data: str = ''
 ) -> None:
-    """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone.
+    """Draw losses, accuracies and a person's own numbers over the epochs, as a PNG for a phone.
 
-    `marks` are dashed lines with a word, `numbers` a person's own, one dict for each row of `history`.
+    `losses` are pairs (epochs done by then, loss of a batch), `marks` (epochs, word), `numbers` a dict for
+    each row of `history`. What is None, NaN or zero in every epoch was not measured and gets no panel.
     """
     from matplotlib.figure import Figure  # takes half a second, so not before it is needed
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(5, 6.5), dpi=160, layout='constrained')
-    title = f'test acc {history[-1][3]:.3f} after {history[-1][0]} epochs' if history else 'first epoch'
-    figure.suptitle('drawn images, not Fashion-MNIST' if data == 'demo' else title)
-    own = sorted({name for row in numbers for name in row})
-    above, below, *others = figure.subplots(2 + bool(own), sharex=True)
-    if losses:
-        above.plot(*zip(*losses), color='tab:blue', alpha=0.4, linewidth=0.8, label='loss of each batch')
-    if history:
-        epochs, loss, train_acc, test_acc = list(zip(*history))[:4]
-        above.plot(epochs, loss, 'o-', color='tab:blue', label='train loss')
-        below.plot(epochs, train_acc, 'o-', color='tab:orange', label='train acc')
-        below.plot(epochs, test_acc, 's--', color='tab:green', label='test acc')
-        below.legend(fontsize=12, loc='lower right')
-    if losses or history:
-        above.legend(fontsize=12)
-    # A few wild batches must not press the rest to the ground.
-    finite = [loss for _, loss in losses if math.isfinite(loss)] + [row[1] for row in history]
-    above.set(ylabel='loss')
-    if finite:
-        low, high = min(0, np.percentile(finite, 2)), max(0, np.percentile(finite, 98))
-        above.set_ylim(1.2 * low, 1.2 * high or 1)
-    below.set(ylabel='accuracy', ylim=(0, 1), xlim=(0, None))
-    (others or [below])[0].set_xlabel('epoch')
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for name in own:
-        points = [(row[0], values[name]) for row, values in zip(history, numbers) if name in values]
-        others[0].plot(*zip(*points), 'o-', label=name)
-        others[0].legend(fontsize=12)
-    draw_marks(marks, above, below, *others)
+    rows = np.array([row[:4] for row in history], float).reshape(-1, 4).T
+    own = sorted({name for row in numbers for name in row})[:8]
+    measured = bool(np.nan_to_num(rows[2:]).any())
+    end = max([1, *rows[0], *(epochs for epochs, _ in (*losses[-1:], *marks))])
+    words, marks = labels_of(marks, end), list(marks)
+    lanes = 1 + max((lane for lane, _, _ in words), default=-1)
+    heights = [0.25 * lanes] * bool(lanes) + [2.85] * (1 + measured) + [1.7] * len(own)
+    figure = Figure(figsize=(5, 0.8 + sum(heights)), dpi=160, layout='constrained')
+    figure.suptitle(curve_title(rows, measured, data), fontproperties=font(13))
+    panels = list(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
+    if lanes:
+        draw_labels(panels.pop(0), words, lanes)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=11)
+        for epochs, _ in marks:
+            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8, alpha=min(1, 20 / len(marks)))
+    panels[-1].set_xlim(-0.02 * end, 1.03 * end)
+    panels[-1].set_xlabel(in_picture('轮', 'epoch'), fontproperties=font(12))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    draw_losses(panels.pop(0), losses, *rows[:2])
+    if measured:
+        names = in_picture('训练', 'train'), in_picture('测试', 'test')
+        lines = (('tab:orange', '-', rows[2], names[0]), ('tab:green', '--', rows[3], names[1]))
+        draw_lines(panels.pop(0), in_picture('精度', 'accuracy'), rows[0], lines)
+    for axes, name, title in zip(panels, own, own_titles(own)):
+        values = np.array([row.get(name, np.nan) for row in numbers], float)
+        draw_lines(axes, title, rows[0], [('tab:purple', '-', values, '')], wild=True)
     figure.savefig(path, format='png')
 
 
-CLASSES = 'T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot'.split()  # of Fashion-MNIST
+def curve_title(rows: np.ndarray, measured: bool, data: str) -> str:
+    """Return the title of the curves of epochs: float (4, N)."""
+    drawn = in_picture('（演示数据）', ' (drawn images)') if data == 'demo' else ''
+    if not rows.size:
+        return in_picture('第一轮', 'first epoch') + drawn
+    epoch, loss, _, test_acc = rows[:, -1]
+    what, name, value = '测试精度', 'test acc', f'{test_acc:.3f}' if test_acc <= 1 else f'{test_acc:.4g}'
+    if not measured or not math.isfinite(test_acc):
+        what, name, value = '损失', 'loss', f'{loss:.4g}'
+    many = '' if epoch == 1 else 's'
+    return in_picture(f'{epoch:.0f} 轮，{what} {value}', f'{name} {value}, {epoch:.0f} epoch{many}') + drawn
+
+
+def own_titles(names: list) -> list:
+    """Return what a picture calls a person's own numbers: by a number, where it cannot write the name."""
+    titles = [in_picture(name)[:30] if set(map(ord, name)) <= chinese_font()[1] else '' for name in names]
+    counted = [f'{title or in_picture("自己的数", "own number")} {i}' for i, title in enumerate(titles, 1)]
+    return [title if title and titles.count(title) == 1 else other for title, other in zip(titles, counted)]
+
+
+def draw_losses(axes: Any, losses: list, epochs: np.ndarray, means: np.ndarray) -> None:
+    """Draw the losses of the batches as a smooth line with its band, and their mean in each epoch."""
+    lines = [('tab:blue', '-', means, in_picture('每轮', 'epoch'))]
+    draw_lines(axes, in_picture('损失', 'loss'), epochs, lines, wild=True)
+    places, batches = np.array(losses, float).reshape(-1, 2).T
+    if np.isfinite(batches).any():
+        x, line, low, high = smooth(spread(places), batches)
+        axes.fill_between(x, low, high, color='tab:blue', alpha=0.15, linewidth=0)
+        axes.plot(x, line, color='tab:blue', alpha=0.6, linewidth=1, label=in_picture('每批', 'batch'))
+        add_legend(axes)
+        fit(axes, means, line, low, high, wild=True)
+
+
+def draw_lines(axes: Any, title: str, epochs: np.ndarray, lines: Iterable, wild: bool = False) -> None:
+    """Draw lines (colour, style, values, name) under a title; what is not finite is left out."""
+    markers = 'os' if len(epochs) <= 40 else ('', '')
+    for marker, (colour, style, values, name) in zip(markers, lines):
+        there = np.isfinite(values)
+        if there.any():
+            axes.plot(epochs[there], values[there], marker + style, color=colour, markersize=5, label=name)
+    axes.set_title(title, loc='left', fontproperties=font(12))
+    if any(name for *_, name in lines):
+        add_legend(axes)
+    fit(axes, *(values for _, _, values, _ in lines), wild=wild)
+
+
+def add_legend(axes: Any) -> None:
+    """Put the names of the lines beside the panel: above it, to the right."""
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        how = {'loc': 'lower right', 'bbox_to_anchor': (1, 1), 'borderaxespad': 0.2, 'ncols': len(handles)}
+        axes.legend(handles, names, frameon=False, prop=font(12), columnspacing=1, handlelength=1.5, **how)
+
+
+def fit(axes: Any, *lines: np.ndarray, wild: bool = False) -> None:
+    """Let an axis show the values of lines: all, or, of a `wild` one, those not far from the rest."""
+    shown = []
+    for values in lines:
+        values = values[np.isfinite(values)]
+        if wild and len(values) >= 10:
+            low, high = np.percentile(values, [5, 95])
+            near = np.abs(values - (low + high) / 2) <= 3.5 * (high - low)
+            values = values[near] if high > low else values
+        shown.extend(values)
+    if shown:
+        low, high = min(shown), max(shown)
+        room = 0.07 * (high - low) or 0.05 * abs(high) or 0.05
+        axes.set_ylim(low - room, high + room)
+    axes.ticklabel_format(axis='y', useOffset=False)
+
+
+def spread(places: np.ndarray) -> np.ndarray:
+    """Return where losses stand, with those of one place, an epoch without progress(), spread out up to it.
+
+    >>> spread(np.array([1.0, 1, 2, 2.5])).tolist()
+    [0.5, 1.0, 2.0, 2.5]
+    """
+    ends, first, counts = np.unique(places, return_index=True, return_counts=True)
+    before = np.concatenate([[max(0.0, ends[0] - 1)], ends[:-1]])
+    part = (np.arange(len(places)) - np.repeat(first, counts) + 1) / np.repeat(counts, counts)
+    return np.repeat(before, counts) + part * np.repeat(ends - before, counts)
+
+
+def smooth(x: np.ndarray, y: np.ndarray) -> tuple:
+    """Return the places, the means and the 10th and 90th percentiles of about 200 windows over (N,) points.
+
+    What is beyond the percentiles counts as they do; of few points each is its own window.
+    """
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    width = max(1, len(y) // 50)
+    windows = np.lib.stride_tricks.sliding_window_view(y, width)[:: max(1, width // 4)]
+    low, high = np.percentile(windows, [10, 90], axis=1)
+    means = np.clip(windows, low[:, None], high[:, None]).mean(axis=1)
+    places = np.lib.stride_tricks.sliding_window_view(x, width)[:: max(1, width // 4)].mean(axis=1)
+    return places, means, low, high
+
+
+def labels_of(marks: Iterable, end: float) -> list:
+    """Return [(lane, from where, text)] for the words of marks: those that would cover each other stand in
+    different lanes, or are one with a number. What finds no room in four lanes is left out."""
+    unit = end / 4.1 * 11 / 72  # how wide a Chinese character of 11 points is, in epochs, on 4.1 inches
+    groups, lanes, placed = [], [0.0] * 4, []
+    for epochs, word in sorted(marks, key=lambda mark: mark[0]):
+        text = in_picture(MARKS.get(word, word), word)
+        width = unit * sum(1.0 if ord(c) > 255 else 0.6 for c in text + ' x99')
+        if groups and groups[-1][1] == text and epochs - groups[-1][0] < width:
+            groups[-1][2] += 1
+        else:
+            groups.append([epochs, text, 1, width])
+    for epochs, text, count, width in groups:
+        start = min(max(epochs - width / 2, 0), max(end - width, 0))
+        for lane, until in enumerate(lanes):
+            if start >= until:
+                lanes[lane] = start + width
+                placed.append((lane, start, text + f' x{count}' * (count > 1)))
+                break
+    return placed
+
+
+def draw_labels(axes: Any, labels: list, lanes: int) -> None:
+    """Write what labels_of() returned into a strip above the panels."""
+    axes.set_axis_off()
+    axes.set_ylim(lanes, 0)
+    for lane, start, text in labels:
+        axes.text(start, lane + 0.5, text, va='center', color='dimgray', fontproperties=font(11))
 
 
 def draw_mistakes(mistakes: list, path: str) -> None:
     """Draw what Mistakes has kept, each with 'true > said' and how sure, as a PNG for a phone."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 6.2), dpi=160, layout='constrained')
-    axes = figure.subplots(4, 4).ravel()
-    names = CLASSES if max(max(true, said) for _, _, true, said in mistakes) < len(CLASSES) else None
+    rows = math.ceil(len(mistakes) / 4)
+    columns = math.ceil(len(mistakes) / rows)
+    size = 5 / columns
+    figure = Figure(figsize=(5, rows * (size + 0.3)), dpi=160, layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    names = CHINESE_CLASSES if chinese_font()[0] else CLASSES
+    names = names if max(max(true, said) for _, _, true, said in mistakes) < len(CLASSES) else None
     for ax in axes:
         ax.axis('off')
     for ax, (sure, image, true, said) in zip(axes, mistakes):
         ax.imshow(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0), cmap='gray')
         true, said = (names[label] if names else label for label in (true, said))
-        ax.set_title(f'{true}\n\u2192 {said} {sure:.0%}', fontsize=9)
+        arrow = in_picture('→', '>')
+        ax.set_title(
+            f'{true}\n{arrow} {said} {sure:.0%}', fontproperties=font(11 if chinese_font()[0] else 10)
+        )
     figure.savefig(path, format='png')
 
 
@@ -7149,6 +7680,7 @@ def chat_supervisor(nn_train: Callable) -> None:
     is (learning_rate, training_iters, batch_size). With --join there is no chat: this trains along and does
     not return.
     """
+    read_own_options()
     if itchat.instance.commands is None:
         itchat.instance.commands = Commands(nn_train)
     itchat.instance.commands.nn_train = nn_train  # the cell of a notebook was run again
@@ -7259,6 +7791,7 @@ class Remote(itchat.Core):
         if self.line is not None:
             return  # there is a session
         make_streams_safe()
+        read_own_options()
         self.connect()
         with self.taking_signals():
             self.log_in(hotReload, statusStorageDir, callbacks)
