@@ -1455,12 +1455,12 @@ def limits_of(name: str) -> tuple:
     between = [f'不小于 {smallest:g}'] * (smallest > -math.inf) + [f'不大于 {largest:g}'] * (
         largest < math.inf
     )
-    limits = '、'.join(between)
+    limits = '、'.join(between) + ' 的' * bool(between)
     return (
         (int if kind == 'int' else float),
         smallest,
         largest,
-        f'{name} 要是{limits}的{what}，例如 {name} {default:g}',
+        f'{name} 要是{limits}{what}，例如 {name} {default:g}',
     )
 
 
@@ -5786,7 +5786,9 @@ def load_checkpoint(net: Any, trainer: Any, extra: Optional[dict] = None) -> tup
             raise RuntimeError('检查点里有 %d 个网络、%d 个 Trainer，和这个训练函数的不一样' % tuple(kept))
         for path, each in zip(part_names(folder, 'net.params'), nets):
             each.load_parameters(path, ctx=try_gpu())
-        for path, each in zip(part_names(folder, 'trainer.states'), trainers):
+        orders = zip(part_names(folder, 'trainer.states'), trainers, state['orders'])
+        for path, each, order in orders:
+            reorder_states(path, order, names_in_order(nets, each))
             each.load_states(path)
         if extra is not None:
             extra.update(read_extra(folder))
@@ -5820,6 +5822,7 @@ def save_checkpoint(
             row = run.history.row_of(epoch) if not state['batch'] else None
             is_best = row is not None and row is run.history.best
             state['row'] = row and row.number
+            state['orders'] = [names_in_order(nets, each) for each in as_list(trainer)]
         seed_epoch(run.seed, here[0])
         if team.size > 1:
             add_sums(state)
@@ -5841,6 +5844,33 @@ def save_checkpoint(
                 run.checkpoint = path
                 run.tell(checkpoint=path, kept=run.how_far())
     return here
+
+
+def names_in_order(nets: list, trainer: Any) -> list:
+    """Return where in the networks each of a Trainer's parameters is, in its order.
+
+    That order is of MXNet's names, dense9 behind dense10, and these count on from run to run in a process.
+    """
+    found = {}
+    for number, net in enumerate(nets):
+        inside = net._collect_params_with_prefix() if hasattr(net, '_collect_params_with_prefix') else {}
+        found.update({id(parameter): f'{number}.{name}' for name, parameter in inside.items()})
+    return [found.get(id(parameter), parameter.name) for parameter in trainer._params]
+
+
+def reorder_states(path: str, before: list, now: list) -> None:
+    """Bring the states of an optimizer that Trainer.save_states() has written into another order."""
+    if before == now or sorted(before) != sorted(now):
+        return
+    with open_private(path) as f:
+        states, optimizer = pickle.load(f)
+    place = {i: now.index(name) for i, name in enumerate(before)}
+    for counts in optimizer._all_index_update_counts.values():
+        moved = {place[i]: count for i, count in counts.items()}
+        counts.clear()
+        counts.update(moved)
+    with open(path, 'wb') as f:
+        pickle.dump(({place[i]: state for i, state in states.items()}, optimizer), f)
 
 
 def as_list(value: Any) -> list:
@@ -7234,7 +7264,7 @@ def back_to_best(folder: Optional[str]) -> str:
         write_whole(last, lambda path: write_zip(path, content))
         write_whole(log, lambda path: append(path, content['log.csv'].decode(), 'w'))
     except FileNotFoundError:
-        return '没有可以回去的检查点：有过一轮以后才有。'
+        return '没有可以回去的检查点：有过一轮、量过好坏以后才有。'
     except (OSError, ValueError) as error:
         return f'回不去：{first_line(error)}'
     history = History(state['history'], *state['best_by'])
@@ -7538,7 +7568,7 @@ class Commands:
         if not run.busy:
             return back_to_best(folder_to_go_back_in())
         if not run.has_best():
-            return '没有可以回去的检查点：有过一轮以后才有。训练接着做。'
+            return '没有可以回去的检查点：有过一轮、量过好坏以后才有。训练接着做。'
         run.rolling_back = True
         return f'{self.stop()}\n停下以后回到最好的一轮。'
 
