@@ -4814,6 +4814,350 @@ def test_losses_stay_few_and_keep_their_shape():
 
 # ------------------------------------------------------------- what is told of a run, and a simple model
 
+BEST = """
+    from mxnet import gluon, nd
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': params[0]})
+    epoch, loss, acc = utils.load_checkpoint(net, trainer)
+    print('WEIGHT', net.weight.data().asscalar(), flush=True)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for batch in utils.progress([0], train=True):
+            net.weight.set_data(nd.array([[float(epoch)]]))
+        if epoch % 2 == 0:
+            utils.chat_inf(wechat_name, epoch, 1, 1, [0], 1 - epoch / 10)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, 0, 0)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_best_network_is_that_of_the_best_epoch(tmp_path):
+    """With a report after every second epoch and a checkpoint after each; 回退 loses nothing."""
+    output = in_terminal(tmp_path, BEST, 'ti 5\n开始\n')
+    assert '完成 5/5 轮' in output
+    [folder] = tmp_path.glob('runs/*')
+    assert parameters(str(folder / 'best.zip'))['weight'].tolist() == [[2]]
+    assert nd.load(str(folder / 'best.params'))['weight'].asscalar() == 2
+    last, log = (folder / 'last.zip').read_bytes(), (folder / 'log.csv').read_bytes()
+    output = in_terminal(tmp_path, BEST, '回退\nti 3\n继续\n记录\n')
+    assert '回到了第 2 轮（测试精度 0.800）' in output and '继续训练\n完成 2/3 轮' in output
+    assert 'WEIGHT [[2.]]' in output and '完成 3/3 轮' in output
+    assert (folder / 'last-1.zip').read_bytes() == last and (folder / 'log-1.csv').read_bytes() == log
+    assert utils.read_checkpoint(str(folder / 'best.zip'))['row'] == 1
+
+
+def test_a_damaged_checkpoint_leads_back_to_no_other_runs_best(tmp_path):
+    for ti in (2, 3):
+        in_terminal(tmp_path, BEST, f'ti {ti}\n开始\n')
+    first, second = sorted(tmp_path.glob('runs/*'))
+    for name in ('last.zip', 'best.zip'):
+        content = bytearray((second / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (second / name).write_bytes(content)
+        before = (first / 'last.zip').read_bytes()
+        output = in_terminal(tmp_path, BEST, '回退\n')
+        assert '回到了第 2 轮' in output if name == 'last.zip' else '回不去：' in output
+        assert (first / 'last.zip').read_bytes() == before
+
+
+def test_a_copy_of_a_run_is_no_run(tmp_path):
+    """继续 takes the run that is remembered, not the newest files; a run can be brought along."""
+    in_terminal(tmp_path, RESUMABLE, 'ti 4 bs 20\n开始\n', head='STOP = 2, 4')
+    [folder] = tmp_path.glob('runs/*')
+    copied = shutil.copytree(folder, tmp_path / 'runs' / 'copy')
+    before = (copied / 'last.zip').read_bytes()
+    output = in_terminal(tmp_path, RESUMABLE, '继续\n记录\n', head='STOP = None')
+    assert '完成 4/4 轮' in output and '\n2. ' not in output and (copied / 'last.zip').read_bytes() == before
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    in_terminal(elsewhere, RESUMABLE, 'ti 1 bs 20\n开始\n', head='STOP = None')
+    os.utime(copied / 'last.zip', (0, 0))
+    shutil.copytree(copied, elsewhere / 'runs' / folder.name)
+    output = in_terminal(elsewhere, RESUMABLE, '记录\nti 4\n继续\n', head='STOP = None')
+    assert output.count(' 轮，1.000，') == 2 and '继续训练\n完成 1/4 轮，第 2 轮到第 5/20 批' in output
+
+
+def test_a_run_that_was_killed_after_an_earlier_end_is_no_complete_one(wechat, tmp_path):
+    """And a folder's age says nothing about when a run was."""
+    script = own_script(tmp_path, RESUMABLE, WITH_OPTIONS, 'STOP = None')
+    with Program(tmp_path, '--console', script=script) as program:
+        assert program.types('ti 2 bs 5\n开始\n')[0] == 0
+    waiting = RESUMABLE.replace(
+        "itchat.instance.receive('停止')", "print('HERE', flush=True), time.sleep(600)"
+    )
+    script = own_script(tmp_path, waiting, WITH_OPTIONS, 'STOP = 4, 2')
+    with Program(tmp_path, '--console', script=script) as program:
+        program.process.stdin.write('ti 400\n继续\n')
+        program.process.stdin.flush()
+        program.wait_output('HERE')
+    [folder] = tmp_path.glob('runs/*')
+    with contextlib.closing(sqlite3.connect(tmp_path / '.wechat_train.db')) as db:  # forty days ago
+        db.execute('UPDATE run SET begun = begun - 40 * 86400')
+        db.commit()
+        [[begun]] = db.execute('SELECT begun FROM run')
+    output = in_terminal(tmp_path, RESUMABLE, '曲线 1\n记录\n', head='STOP = None')
+    when = time.strftime('%m-%d', time.gmtime(begun + 8 * 3600))
+    assert re.search(rf'1\. {when} .*，3 轮，1\.000，中断', output), output
+
+
+def test_the_list_of_runs_marks_the_best_of_each_kind_of_data(images, tmp_path):
+    for i, (data, accuracy) in enumerate([('demo', 0.99), (images, 0.5), (images, 0.7)]):
+        options = ['--demo'] if data == 'demo' else ['--console', '--data', data]
+        told = f"""
+        utils.lock_start()
+        utils.chat_inf(wechat_name, 1, 1, 1, [0], {accuracy})
+        utils.lock_end(wechat_name)
+        """
+        in_terminal(tmp_path, told, f'lr 0.{i + 1}\n开始\n', *options)
+    lines = re.findall(r'^\d\. .*', in_terminal(tmp_path, told, '记录\n'), re.M)
+    assert [line[-1] == '★' for line in lines] == [True, False, True]
+    assert '演示数据' in lines[2] and '演示数据' not in lines[0] + lines[1]
+
+
+ODD = """
+    class Odd(mx.optimizer.SGD):
+        def __reduce__(self):
+            raise LookupError('an optimizer that cannot be pickled')
+
+    mx.optimizer.Optimizer.register(Odd)
+    net = mx.gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = mx.gluon.Trainer(net.collect_params(), Odd(learning_rate=params[0]))
+    for epoch in (1, 2):
+        utils.lock_start()
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 0.5, **{'\\udc80': 1})
+        utils.save_checkpoint(net, trainer, epoch, 0, 0)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_what_cannot_be_kept_is_told_once_and_ends_nothing(tmp_path):
+    output = in_terminal(tmp_path, ODD, 'ti 2\n开始\n', head='import mxnet as mx')
+    assert output.count('检查点没有写成：LookupError') == 1 and '完成 2/2 轮' in output
+
+
+def test_a_folder_that_cannot_be_written_costs_the_picture_alone(images, tmp_path):
+    (tmp_path / 'runs').write_text('no folder')
+    with Program(tmp_path, '--console', '--data', images) as program:
+        program.process.stdin.write('ti 1 lr 0.1 bs 600\n开始\n')
+        program.process.stdin.flush()
+        program.wait_output('训练完成')
+        output = program.types('错图\n曲线\n')[1]
+    assert '错图没有画成' in output and '曲线图没有画成' in output and '图片：' not in output
+
+
+NUMBERS = """
+    time.sleep(1)
+    itchat.instance.receive('状态')
+    train_acc = train_loss = 0
+    for n in utils.progress([30] * 3 + [1], train=True):
+        train_acc += utils.accuracy(nd.array([[0, 1]] * n), nd.array([n > 1] * n))
+        train_loss += utils.batch_loss(nd.array([2 if n > 1 else 0] * n))
+    itchat.instance.receive('lr 0.25')
+    list(utils.progress(range(9), train=False))
+    itchat.instance.receive('状态')
+    utils.chat_inf(wechat_name, 1, train_loss, train_acc, None, 0.5)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_numbers_are_those_of_what_was_trained(tmp_path):
+    """A last batch of one image weighs as one; a rate set in the test is not the epoch's; loading counts."""
+    head = 'from mxnet import nd\nutils.training_iters = 1'
+    output = in_terminal(tmp_path, NUMBERS, '开始\n', head=head)
+    assert float(re.search('载入数据、准备网络\n已用 (.*) 秒', output)[1]) >= 1
+    assert '完成 0/1 轮，第 1 轮到第 4/4 批\n现在：测试' in output
+    assert f'损失 {180 / 91:.4g}\n训练精度 {90 / 91:.3f}\n' in output
+    [log] = tmp_path.glob('runs/*/log.csv')
+    assert [row['learning_rate'] for row in csv.DictReader(log.read_text().split('\n'))] == ['0.5']
+    assert float(re.search('训练完成(?:.|\n)*用时 (.*) 秒', output)[1]) >= 1
+
+
+COUNTED = """
+    trained = itertools.count()
+    for _ in utils.progress(([nd.zeros((5, 1))],) * 40, train=True):
+        time.sleep(0.01)
+        if next(trained) == 38:
+            itchat.instance.receive('状态')
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_speed_counts_the_images_that_come(tmp_path):
+    """Whatever bs says: 5 in at least 10 ms."""
+    output = in_terminal(tmp_path, COUNTED, 'bs 256\n开始\n', head='import itertools\nfrom mxnet import nd')
+    assert 0 < int(re.search(r'速度 (\d+) 张/秒', output)[1]) <= 500
+
+
+LATE = """
+    from mxnet import gluon
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd')
+    epoch, loss, acc = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= params[1]:
+        for batch in utils.progress(range(100), train=True):
+            time.sleep(0.02)
+            if (utils.run.batch, STOP) in ((90, True), (97, False)):
+                itchat.instance.receive('停止' if STOP else '状态')
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 1)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, 0, 0)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_resumed_epochs_time_has_its_first_part_and_what_is_left_is_measured(tmp_path):
+    in_terminal(tmp_path, LATE, 'ti 1\n开始\n', head='STOP = True')
+    output = in_terminal(tmp_path, LATE, '继续\n', head='STOP = False')
+    left = re.search('第 97/100 批(?:.|\n)*?还需约 (.*) 秒', output)[1]
+    took = re.search(r'第 1/1 轮(?:.|\n)*?用时 (\d+\.\d)', output)[1]
+    assert float(took) >= 2 and float(left) < float(took) / 5  # by the whole time so far, it would be 0.6
+
+
+def test_a_lowered_end_is_the_end(tmp_path):
+    """Not «到第 1 轮为止» and then 2/2: an epoch that is to be trained counts from when that is decided."""
+    script = """
+    epoch = 1
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        if epoch == 2:
+            itchat.instance.receive('ti 1')
+        for batch in utils.progress([0], train=True):
+            pass
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 1)
+        epoch += 1
+    utils.lock_end(wechat_name)
+    """
+    output = in_terminal(tmp_path, script, 'ti 4\n开始\n')
+    assert 'ti：这次训练到第 2 轮为止' in output and '完成 2/2 轮' in output
+
+
+def test_the_load_is_that_of_the_gpu_that_trains(tmp_path, monkeypatch):
+    """CUDA_VISIBLE_DEVICES renames them for MXNet, not for nvidia-smi."""
+    program = tmp_path / 'nvidia-smi'
+    program.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\necho 7, 8, 9\n')
+    program.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
+    for visible, number in (('2', '2'), ('3,GPU-f0', '3'), (None, '0')):
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+        if visible:
+            monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+        assert utils.gpu_state() == '\nGPU 使用率 7%，显存 8/9 MB'
+        assert f'--id={number} ' in (tmp_path / 'asked').read_text()
+
+
+@pytest.mark.parametrize(
+    'where, words',
+    [
+        ('loading', '还没有准备好数据和网络'),
+        ('testing', '没有动静，停在测试'),
+        ('no progress()', '没有算完一批，停在第 2 轮第 1 批'),
+    ],
+)
+def test_silence_is_told_wherever_it_is(wechat, tmp_path, where, words):
+    script = f"""
+    released.wait() if {where!r} == 'loading' else None
+    for epoch in (1, 2):
+        utils.lock_start()
+        released.wait() if {where!r} == 'no progress()' and epoch == 2 else None
+        utils.evaluate_accuracy(waiting(), lambda data: nd.ones((1, 1))) if {where!r} == 'testing' else None
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 1)
+    utils.lock_end(wechat_name)
+    """
+    head = """
+from mxnet import nd
+utils.options.silence = 0.5
+released = threading.Event()
+
+def waiting():
+    released.wait()
+    yield nd.ones((1, 1)), nd.zeros(1)
+
+@itchat.msg_register('Picture')
+def go_on(msg):
+    released.set()
+"""
+    with Program(tmp_path, env=wechat.env(), script=own_script(tmp_path, script, head=head)):
+        wechat.ready()
+        wechat.ask('开始')
+        assert words in wechat.wait_text('已经 ')
+        wechat.says('B', '', MsgType=3)
+        wechat.wait_text('训练完成')
+
+
+def test_a_stop_after_the_patience_has_ended_counts(wechat, tmp_path):
+    """It is not «已经在停了», and the command of --then does not run."""
+    script = """
+    epoch = 1
+    while utils.lock_start():
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 1 / epoch)
+        epoch += 1
+    print('EARLY', flush=True)
+    input_there.wait()
+    utils.lock_end(wechat_name)
+    """
+    script = own_script(tmp_path, script, WITH_OPTIONS, PAUSING.format(pauses='set()'))
+    with Program(tmp_path, '--then', 'echo x > then.txt', env=wechat.env(), script=script) as program:
+        wechat.ready()
+        wechat.ask('ti 9')
+        wechat.ask('早停 2')
+        wechat.ask('开始')
+        program.wait_output('EARLY')
+        assert wechat.ask('停止') == '好，这一批算完就停。'
+        wechat.says('B', '', MsgType=3)
+        assert wechat.wait_text('训练已停止')
+        wechat.wait_picture()
+    assert not any('秒后执行' in text for text in wechat.heard() if isinstance(text, str))
+
+
+def test_to_go_back_is_promised_only_where_it_can_be_done(wechat, tmp_path):
+    """In the first epoch nothing stops; while a run is ending it is done."""
+    script = own_script(tmp_path, BACK, head=RELEASING.format(hang=1, nan=None))
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        wechat.ask('ti 2')
+        wechat.ask('开始')
+        assert wechat.ask('回退') == '没有可以回去的检查点：有过一轮以后才有。训练接着做。'
+        assert '训练中' in wechat.ask('状态')
+        wechat.says('B', '', MsgType=3)
+        assert '完成 2/2 轮' in wechat.wait_text('训练完成')
+    ending = BACK.replace(
+        '    utils.lock_end', "    print('ENDING', flush=True)\n    released.wait()\n    utils.lock_end"
+    )
+    script = own_script(tmp_path, ending, head=RELEASING.format(hang=None, nan=None))
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        wechat.ask('ti 4')
+        wechat.ask('继续')
+        program.wait_output('ENDING')
+        since = len(wechat.heard())
+        wechat.says('B', '回退')
+        wechat.wait_text('停下以后回到最好的一轮', since=since)
+        wechat.says('B', '', MsgType=3)
+        assert '回到了第 2 轮' in wechat.wait_text('回到了', since=since)
+
+
+def test_ninety_thousand_epochs_do_not_make_the_end_of_one_long(tmp_path):
+    """The log is appended to: what is there already is not written again."""
+    script = """
+    for epoch in range(1, 4):
+        utils.lock_start()
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 1)
+        path = utils.run.folder + '/log.csv'
+        print('INODE', os.stat(path).st_ino, len(open(path).readlines()))
+    utils.chat_inf(wechat_name, 4, 1, 1, [0], 1, f1=0.5)
+    utils.lock_end(wechat_name)
+    """
+    output = in_terminal(tmp_path, script, '开始\n')
+    inodes, lines = zip(*re.findall(r'INODE (\d+) (\d+)', output))
+    assert len(set(inodes)) == 1 and lines == ('2', '3', '4')
+    [log] = tmp_path.glob('runs/*/log.csv')
+    with open(log) as f:
+        assert [(row['epoch'], row['f1']) for row in csv.DictReader(f)] == [
+            *[(str(epoch), '') for epoch in (1, 2, 3)],
+            ('4', '0.5'),
+        ]
+
+
 PLANNED = """
     import json, math, signal
     import mxnet as mx
@@ -5048,6 +5392,8 @@ class Model:
     def save(self, epoch, sums):
         run = self.run
         whole = not run['cut']
+        if whole:
+            run.update(epochs=epoch, batch=0)
         kept = {
             'epochs': epoch - (not whole),
             'batch': 0 if whole else run['batch'],

@@ -5626,6 +5626,7 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
     with run.during(Phase.SAVING):
         with lock:
             here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
+            run.finish_unreported(epoch)
             state, log = run.state(*here), run.history.csv()
             losses = np.array(run.losses.points)
             row = run.history.row_of(epoch) if not state['batch'] else None
@@ -6242,6 +6243,12 @@ class Run:
             f'用时 {duration(seconds)}{self.time_left()}',
         ]
         return Letter('\n'.join(lines), 'report', self.history.score(row))
+
+    def finish_unreported(self, epoch: int) -> None:
+        """Note that an epoch is done, of which there was no report, unless 停止 cut it short."""
+        if epoch > self.epochs and not self.is_cut_short() and self.batch:
+            self.epochs, self.batch, self.walk, self.open, self.believed = int(epoch), 0, None, True, 0
+            self.note_place()
 
     def is_due(self) -> bool:
         """Return whether 报告 asks for the epoch that has just ended; with 报告 0, for a new best one."""
