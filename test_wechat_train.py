@@ -3498,6 +3498,301 @@ def test_a_full_disk_does_not_cost_the_memory(wechat, tmp_path):
         subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
+# --------------------------------------------------- the machine, what was printed, the last run
+
+TAKING_MEMORY = """
+    import numpy as np
+    from mxnet import gluon
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd')
+    utils.load_checkpoint(net, trainer)
+    utils.lock_start()
+    utils.chat_inf(wechat_name, 1, 1, 1, [0], 0.5)
+    utils.save_checkpoint(net, trainer, 1, 0, 0, {'large': np.zeros(2**17)})
+    held = b''
+    while utils.lock_start():
+        wanted = int(open('hold').read()) if os.path.exists('hold') else 0
+        if wanted != len(held):
+            held = b''
+            held = b'x' * wanted
+        time.sleep(0.01)
+"""
+NVML = """
+import json, pynvml
+from types import SimpleNamespace
+
+def read(gpu):
+    assert gpu == 3
+    with open('gpu.json') as f:
+        return SimpleNamespace(**json.load(f))
+
+pynvml.nvmlInit = lambda: None
+pynvml.nvmlDeviceGetHandleByIndex = lambda number: number
+pynvml.nvmlDeviceGetUtilizationRates = pynvml.nvmlDeviceGetMemoryInfo = read
+pynvml.nvmlDeviceGetTemperature = lambda gpu, kind: read(gpu).heat
+""" + QUICK.replace('sys.argv =', "utils.gpu_number = lambda: '3'\nsys.argv =")
+
+
+def put(path, content):
+    """Write a file that somebody reads meanwhile."""
+    path.with_suffix('.new').write_text(content)
+    os.replace(path.with_suffix('.new'), path)
+
+
+def amounts(text):
+    """Return the amounts in a text, in bytes."""
+    return [
+        float(number) * {'MB': 2**20, 'GB': 2**30}[unit]
+        for number, unit in re.findall(r'([\d.]+) ([MG]B)', text)
+    ]
+
+
+def until_told(wechat, pattern, true):
+    """Ask 状态 until true(what the pattern finds in the answer), as it is a second old; return the answer."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        status = wechat.ask('状态')
+        found = re.search(pattern, status)
+        if found and true(*found.groups()):
+            return status
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
+
+
+def file_number(path, pattern):
+    with open(path) as f:
+        return int(re.search(pattern, f.read(), re.M)[1])
+
+
+def test_the_state_of_the_machine(wechat, tmp_path):
+    """Its numbers are the system's own; a GPU that is too hot is told once, and again after it was not."""
+    gpu = {'gpu': 7, 'used': 8 << 20, 'total': 9 << 20}
+    put(tmp_path / 'gpu.json', json.dumps({**gpu, 'heat': 61}))
+    script = own_script(tmp_path, TAKING_MEMORY)
+    with Program(tmp_path, env=wechat.env(), script=script, before=NVML) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        wechat.wait_text('第 1/')
+        trainer = f'/proc/{trainer_of(program)}/status'
+
+        def near(memory, disk, load):
+            used, left, total = amounts(memory)
+            kilobytes = file_number('/proc/meminfo', r'^MemAvailable: +(\d+)')
+            room = os.statvfs(tmp_path)
+            return (
+                used == pytest.approx(file_number(trainer, r'VmRSS:\s+(\d+)') * 1024, rel=0.05)
+                and (left == pytest.approx(kilobytes * 1024, rel=0.05) or total < os.sysconf('SC_PHYS_PAGES'))
+                and amounts(disk)[0] == pytest.approx(room.f_bavail * room.f_frsize, rel=0.05)
+                and float(load) == pytest.approx(os.getloadavg()[0], abs=0.3)
+            )
+
+        lines = (
+            r'内存：训练的进程 (.*)\n磁盘还剩 (.*)，负载 ([\d.]+)/\d+ 核\nGPU 使用率 7%，显存 8/9 MB，61 °C'
+        )
+        assert len(until_told(wechat, lines, near).split('\n')) < 20
+        for heat, times in ((91, 1), (99, 1), (89, 1), (91, 1), (60, 1), (95, 2)):
+            put(tmp_path / 'gpu.json', json.dumps({**gpu, 'heat': heat}))
+            until_told(wechat, rf'，({heat}) °C', lambda _: True)
+            if heat > 90:
+                wechat.wait(lambda n=times: sum('GPU 太热了' in text for text in wechat.heard()) >= n)
+            assert sum('GPU 太热了' in text for text in wechat.heard()) == times
+        assert 'GPU 太热了：95 °C（主机 ' in wechat.heard()[-1]
+        assert file_number(f'/proc/{program.process.pid}/status', r'VmHWM:\s+(\d+)') < 60 * 1024
+        with open(f'/proc/{program.process.pid}/maps') as f:
+            assert 'numpy' not in f.read()
+
+
+@pytest.fixture
+def small_group():
+    """A control group whose processes have 900 MB together: its folder, the name of its file of use."""
+    version_1 = os.path.isdir('/sys/fs/cgroup/memory')
+    folder = f'/sys/fs/cgroup{"/memory" * version_1}/test-{os.getpid()}'
+    limit, used = ('limit_in_bytes', 'usage_in_bytes') if version_1 else ('max', 'current')
+    try:
+        os.mkdir(folder)
+        with open(f'{folder}/memory.{limit}', 'r+') as f:
+            f.write(f'{900 << 20}')
+    except OSError:
+        pytest.skip('no control group can be made here')
+    yield folder, f'memory.{used}'
+    deadline = time.monotonic() + DEADLINE
+    while os.path.exists(folder):
+        assert time.monotonic() < deadline
+        with contextlib.suppress(OSError):  # somebody is still in it
+            os.rmdir(folder)
+        time.sleep(0.05)
+
+
+def test_warnings_come_before_the_death(wechat, tmp_path, small_group):
+    """Of memory that runs out in a control group, of a disk: once, and again after it was good."""
+    group, used = small_group
+    (tmp_path / 'runs').mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=9m', 'none', str(tmp_path / 'runs')]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('nothing can be mounted here')
+
+    def join():
+        with open(f'{group}/cgroup.procs', 'w') as f:
+            f.write(str(os.getpid()))
+
+    def left():
+        files = max(map(int, re.findall(r'inactive_file (\d+)', open(f'{group}/memory.stat').read())))
+        return (900 << 20) - int(open(f'{group}/{used}').read()) + files
+
+    def told(words):
+        return [text for text in wechat.heard() if words in text]
+
+    try:
+        script = own_script(tmp_path, TAKING_MEMORY)
+        with Program(tmp_path, env=wechat.env(), script=script, preexec_fn=join):
+            wechat.ready()
+            wechat.ask('开始')
+            wechat.wait_text('第 1/')
+            memory = r'内存：.*还剩 (.*)/900 MB'
+            until_told(wechat, memory, lambda text: amounts(text) == [pytest.approx(left(), abs=20 << 20)])
+            held = left() - (60 << 20)
+            for times in (1, 2):
+                put(tmp_path / 'hold', str(held))
+                wechat.wait(lambda n=times: len(told('内存快用完了')) >= n)
+                put(tmp_path / 'hold', str(held + (20 << 20)))  # it goes on, and is not told again
+                until_told(wechat, memory, lambda text: amounts(text)[0] < 52 << 20)
+                put(tmp_path / 'hold', '0')
+                until_told(wechat, memory, lambda text: amounts(text)[0] > 200 << 20)
+                assert len(told('内存快用完了')) == times
+            [(mine, rest, whole)] = [amounts(text) for text in told('内存快用完了')[:1]]
+            assert whole == 900 << 20 and rest < 90 << 20 and held < mine < 900 << 20
+            [checkpoint] = tmp_path.glob('runs/*/last.zip')
+            for times in (1, 2):
+                room = os.statvfs(tmp_path / 'runs')
+                fill = room.f_bavail * room.f_frsize - 2 * checkpoint.stat().st_size
+                (tmp_path / 'runs' / 'fill').write_bytes(bytes(fill))
+                wechat.wait(lambda n=times: len(told('磁盘快满了')) >= n)
+                assert amounts(told('磁盘快满了')[-1])[0] == pytest.approx(
+                    2 * checkpoint.stat().st_size, rel=0.5
+                )
+                (tmp_path / 'runs' / 'fill').unlink()
+                until_told(wechat, '磁盘还剩 (.*)，', lambda text: amounts(text)[0] > 5 << 20)
+                assert len(told('磁盘快满了')) == times
+            assert not told('没有了')
+    finally:
+        subprocess.run(['umount', '-l', str(tmp_path / 'runs')], check=True)
+
+
+PRINTING_MUCH = """
+    lines = [f'{"é" * (n % 90)} line {n}' for n in range(150)]
+    for line in lines:
+        print(line)
+    print('a bar 1%\\ra bar 50%\\r\\x1b[31ma bar 100%\\x1b[0m')
+    print('see https://me:password@host/path?skey=1&sid=2', 'colu\\tmn')
+    utils.lock_start()
+    if MODE == 'dies':
+        print('last words, no end of line', end='', flush=True)
+        os.kill(os.getpid(), 9)
+    utils.chat_inf(wechat_name, 1, 1, 1, [0], 0.5)
+    if MODE == 'fails':
+        def even(n):
+            odd(n - 1) if n else [].remove('the first')
+        def odd(n):
+            even(n - 1)
+        try:
+            even(30)
+        except ValueError:
+            utils.accuracy(nd.zeros((2, 3)), nd.zeros(5))
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_last_lines_that_were_printed(wechat, tmp_path):
+    """In memory and on the disk, after an error all of it, after each kind of death; and nothing secret."""
+    head = "from mxnet import nd\nMODE = open('mode').read()"
+    script, mode = own_script(tmp_path, PRINTING_MUCH, head=head), tmp_path / 'mode'
+    mode.write_text('fails')
+    printed = [f'{"é" * (n % 90)} line {n}' for n in range(150)]
+    printed += ['a bar 100%', 'see https://...@host/path?... colu\tmn'.expandtabs()]
+
+    def run(pattern):
+        so_far = len(wechat.heard())
+        wechat.ask('开始')
+        return wechat.wait_text(pattern, since=so_far)
+
+    def whole(text):
+        """Ask for lines; return them, put together again."""
+        so_far = len(wechat.heard())
+        first = wechat.ask(text)
+        parts = int((re.match(r'（1/(\d+)）', first) or [0, 1])[1])
+        wechat.wait(lambda: len(wechat.heard()) >= so_far + parts)
+        return '\n'.join(re.sub(r'\A（\d+/\d+）\n', '', part) for part in wechat.heard()[so_far:]).split('\n')
+
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        assert wechat.ask('日志') == '还没有打印过什么。'
+        told = run('训练出错')
+        assert re.search(r'ValueError: 精度.*\nown\.py 第 \d+ 行：utils\.accuracy\(nd.*\n完成', told)
+        lines = whole('log 3')  # all of both tracebacks
+        assert lines[0] == 'Traceback (most recent call last):' and len(lines) > 60
+        assert lines[-1].startswith('ValueError: 精度') and 'During handling' in '\n'.join(lines)
+        [log] = tmp_path.glob('runs/*/output.log')
+        assert (
+            log.read_text().split('\n')[:-1] == [*printed, *lines]
+            and stat.S_IMODE(log.stat().st_mode) == 0o600
+        )
+        assert 'skey' in program.output() and '已发送给' in program.output()
+        mode.write_text('')
+        wechat.ask('重启')
+        wechat.wait_text('照“重启”结束了')
+        run('训练完成')
+        assert whole('日志') == printed[-20:] and whole('日誌 2') == printed[-2:]
+        assert whole('log 101') == ['（最多 100 行）', *printed[-100:]]
+        assert whole('日志 3\n参数')[:3] == printed[-3:]
+        mode.write_text('dies')
+        wechat.ask('重启')
+        wechat.wait(lambda: sum('照“重启”结束了' in text for text in wechat.heard()) == 2)
+        run('SIGKILL')
+        assert whole('日志 2')[-1] == 'last words, no end of line'
+        logs = sorted(tmp_path.glob('runs/*/output.log'))
+        assert [log.read_text().count('last words') for log in logs] == [0, 0, 1]
+        program.kill()
+    wechat.receiving = 0
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        assert whole('日志 1') == ['last words, no end of line']
+
+
+def test_after_a_restart_it_is_the_last_run_that_is_spoken_of(wechat, images, tmp_path):
+    with Program(tmp_path, '--data', images, env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('ti 2 lr 0.1 bs 100')
+        wechat.ask('开始')
+        end = wechat.wait_text('训练完成')
+        wechat.wait_picture()
+        pictures = []
+        for text in ('曲线', '错图'):
+            so_far = len(wechat.heard())
+            wechat.says('B', text)
+            pictures.append(wechat.wait_picture(since=so_far))
+        program.kill()
+    [folder] = tmp_path.glob('runs/*')
+    for name in ('curve.png', 'mistakes.png'):
+        (folder / name).unlink()
+    wechat.receiving = 0
+    with Program(tmp_path, '--data', images, env=wechat.env()) as program:
+        wechat.ready()
+        for text, before in zip(('曲线', '错图'), pictures):
+            so_far = len(wechat.heard())
+            wechat.says('B', text)
+            assert np.array_equal(wechat.wait_picture(since=so_far), before)
+        status = wechat.ask('状态').split('\n')
+        assert status[0] == '空闲' and re.fullmatch(
+            r'上次，\d\d-\d\d \d\d:\d\d：完成 2/2 轮，完成', status[1]
+        )
+        assert status[2] == re.search('最好的.*', end)[0]
+        os.kill(trainer_of(program), signal.SIGSTOP)  # 状态 of a process that cannot answer
+        so_far = len(wechat.heard())
+        wechat.ask('重启')
+        assert '完成 2/2 轮' in wechat.ask('状态')
+
+
 # ------------------------------------------------------------------------------ the terminal is a chat
 
 PRINTING = """
@@ -5220,6 +5515,7 @@ def test_a_folder_that_cannot_be_written_costs_the_picture_alone(images, tmp_pat
         program.wait_output('训练完成')
         output = program.types('错图\n曲线\n')[1]
     assert '错图没有画成' in output and '曲线图没有画成' in output and '图片：' not in output
+    assert '检查点没有写成' in output and '以前写的还在' not in output
 
 
 NUMBERS = """
@@ -5307,18 +5603,15 @@ def test_a_lowered_end_is_the_end(tmp_path):
     assert 'ti：这次训练到第 2 轮为止' in output and '完成 2/2 轮' in output
 
 
-def test_the_load_is_that_of_the_gpu_that_trains(tmp_path, monkeypatch):
-    """CUDA_VISIBLE_DEVICES renames them for MXNet, not for nvidia-smi."""
-    program = tmp_path / 'nvidia-smi'
-    program.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\necho 7, 8, 9\n')
-    program.chmod(0o755)
-    monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
-    for visible, number in (('2', '2'), ('3,GPU-f0', '3'), (None, '0')):
+def test_the_gpu_is_the_one_that_trains(monkeypatch):
+    """CUDA_VISIBLE_DEVICES renames them for MXNet, not for NVML; without a GPU nothing is said of one."""
+    assert utils.gpu_number() == '' and (shutil.which('nvidia-smi') or utils.gpu_now('0') == ([], None))
+    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 1)
+    for visible, number in (('2', '2'), ('GPU-f0, 3', 'GPU-f0'), (None, '0')):
         monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
         if visible:
             monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
-        assert utils.gpu_state() == '\nGPU 使用率 7%，显存 8/9 MB'
-        assert f'--id={number} ' in (tmp_path / 'asked').read_text()
+        assert utils.gpu_number() == number
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ line, trains. Read from top to bottom:
 
     the half that talks: two processes -> what is said -> the options -> what is remembered -> people
         -> what can be said -> outgoing mail -> clients (Terminal, WeChat, FileHelper) -> the training process
+        -> what it prints, what is left of the machine
     the door: the talking process never comes back from `import utils`
     the half that trains: before MXNet -> the command line -> data -> device, accuracy -> its speed
         -> several processes (class Team) -> what a training loop calls -> class Run -> its files
@@ -14,12 +15,13 @@ The first half knows no network and no run, only what it was told of one; the se
 no contacts. Between them is one Line, and on it itchat's interface.
 
 In the talking process the main thread logs in and receives (clients), two threads send (Mail), one
-listens to the training process and starts it again (Trainer), one prints (Printer), one watches for a run
-that stands still. In the training process the main thread runs nn_train, one listens on the line and
-carries out commands, one draws.
+listens to the training process and starts it again (Trainer), two read what it prints (Output), one prints
+(Printer), one watches for a run that stands still, one looks at the machine (Machine). In the training
+process the main thread runs nn_train, one listens on the line and carries out commands, one draws.
 
-Lock order, talking: `trainer.guard` before `people.guard`, `mail.changed` or a client's `echo`, of which no
-two are held together, and `memory.guard` last. Training: `lock` (the run, the values) before the line's.
+Lock order, talking: `trainer.guard` before `people.guard`, `mail.changed`, `output.guard` or a client's
+`echo`, of which no two are held together, and `memory.guard` last. Training: `lock` (the run, the values)
+before the line's.
 """
 
 import sys
@@ -349,7 +351,16 @@ def print_traceback() -> None:
 
     They hold the session's secrets.
     """
-    sys.stderr.write(re.sub(r'\?\S*=\S*', '?...', traceback.format_exc()))
+    sys.stderr.write(without_queries(traceback.format_exc()))
+
+
+def without_queries(text: str) -> str:
+    """Return a text without the queries of addresses, and without the passwords in them.
+
+    >>> without_queries('GET https://me:secret@host/path?skey=1&sid=2 failed')
+    'GET https://...@host/path?... failed'
+    """
+    return re.sub(r'(?<=://)[^\s/@]+(?=@)', '...', re.sub(r'\?\S*=\S*', '?...', text))
 
 
 def first_line(error: BaseException) -> str:
@@ -1414,6 +1425,7 @@ COMMANDS = {
     'plot': Command('曲线', '损失和精度的图', ' 2', optional=True),
     'mistakes': Command('错图', '认错的测试图'),
     'runs': Command('记录', '最近几次训练，比一比'),
+    'log': Command('日志', '程序最后打印的几行', ' 20', optional=True),
     'rollback': Command('回退', '回到最好的一轮'),
     'restart': Command('重启', '卡住了，就重新启动训练的进程'),
     'params': Command('参数', '看 lr、ti、bs 三个值'),
@@ -1426,7 +1438,7 @@ COMMANDS = {
 }
 GROUPS = {  # of the help
     '训练': ('start', 'stop', 'resume', 'rollback', 'restart'),
-    '查看': ('status', 'plot', 'mistakes', 'runs', 'params'),
+    '查看': ('status', 'plot', 'mistakes', 'runs', 'log', 'params'),
     '打扰多少': ('report', 'quiet', 'patience', 'cancel', 'allow'),
 }
 HELP = '\n'.join(
@@ -1502,8 +1514,8 @@ DASHES = re.compile(r'(?m)^[^\S\n]*(?:[-–—─][^\S\n]*){3,}$')  # between wh
 MENTION = re.compile(r'\A\s*[@＠](?:[^\u2005\n]*\u2005|\S+\s)')  # WeChat puts U+2005 behind the name
 ENDS = '.!?~,;:"\'。、⋯〜·•・–—―─′'  # beside brackets, quotation marks and emoji, which have categories
 PLAIN = str.maketrans(
-    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓訓練暫終進結復‐‑‒–—―−⁄×÷',
-    '开继续状态线线错图记记录参数报静帮学习轮启启训练暂终进结复-------/x/',
+    '開繼續狀態線綫錯圖記紀錄誌參數報靜幫學習輪啟啓訓練暫終進結復‐‑‒–—―−⁄×÷',
+    '开继续状态线线错图记记录志参数报静帮学习轮启启训练暂终进结复-------/x/',
 )
 
 BETWEEN = r'[\s=:,;、。]'
@@ -3417,11 +3429,7 @@ class Order(NamedTuple):
     def words(self) -> dict:
         """Return what the training process is told, with what the memory knows of the runs asked for."""
         parsed = parse(self.text)
-        known = {'runs': runs_text, 'plot': lambda: folder_of_run(parsed.commands[0].number)}
-        commands = [
-            {**said._asdict(), 'known': known[said.word]() if said.word in known else ''}
-            for said in parsed.commands
-        ]
+        commands = [{**said._asdict(), 'known': trainer.known(said)} for said in parsed.commands]
         who = {'person': self.person.key, 'name': self.person.name}
         return {'id': self.id, **who, 'commands': commands, 'almost': parsed.almost, 'path': self.path}
 
@@ -3473,6 +3481,7 @@ class Trainer:
         look_for_runs()
         self.run = {**self.run, **next(iter(known_runs(1)), {})}
         self.gone = memory.get('alive')
+        output.read(memory.get('output'))
         memory.write(set_setting('alive', time.time()))
         sql = 'SELECT id, person, text, written FROM message WHERE waiting ORDER BY rowid'
         for number, key, text, written in memory.rows(sql):
@@ -3579,6 +3588,7 @@ class Trainer:
         if going and not resumes:
             self.run.update(ending=Ending.BROKEN.value, ended=time.time())
             statements.append(self.run_row())
+            self.keep_output()
         text = '\n'.join(lines)
         audience = people.audience(self.run.get('person') if going else None, owner=True)
         mail.put(*((person, text) for person in audience), also=statements)
@@ -3779,13 +3789,29 @@ class Trainer:
             return people.allow(*said.values)
         if said.word == 'status' and self.state is not State.READY:
             return self.status_without_it()
-        if said.word == 'runs':
-            return runs_text()
+        if said.word in ('runs', 'log'):
+            return self.known(said)
         if said.word == 'plot' and said.number and not folder_of_run(said.number):
             return f'记录里只有 {len(listed_runs())} 次训练。'
         if self.state is State.GONE and said.word in ('params', 'help'):
             return self.values() if said.word == 'params' else help_text()
         return ''
+
+    def known(self, said: Said) -> Any:
+        """Return what the training process is told with a command, as JSON. Needs the guard."""
+        if said.word in ('plot', 'mistakes'):
+            return folder_of_run(said.number or 1)
+        if said.word == 'status':
+            return [last_run_text(self.run), machine.text]
+        if said.word == 'log':
+            return self.log_text(said.number)
+        return runs_text() if said.word == 'runs' else ''
+
+    def log_text(self, number: Optional[int]) -> str:
+        """Return what 日志 says: after an error, the whole of that. Needs the guard."""
+        if self.process is None:
+            return '这样启动的程序，打印的都在它自己那里，没有日志。'
+        return output.text(number or 20, self.run.get('ending') in WRONG or self.state is State.GONE)
 
     def hand_over(self, order: Order) -> None:
         """Let the training process carry out a command. Needs the guard."""
@@ -3830,11 +3856,11 @@ class Trainer:
         lines = [
             '训练的进程' + ('正在启动，命令会等它' if starting else '没有在运行，“开始”或“继续”会启动它')
         ]
-        if self.run:
-            lines += [f'上次：{self.run.get("how_far", "")}']
-            if self.run.get('checkpoint'):
-                lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
-        return '\n'.join([*lines, self.values(), f'主机 {socket.gethostname()}'])
+        lines.append(last_run_text(self.run))
+        if self.run.get('checkpoint'):
+            lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
+        lines += [self.values(), f'主机 {socket.gethostname()}', machine.text]
+        return '\n'.join(filter(None, lines))
 
     def values(self) -> str:
         """Return the three values for the next run, in words."""
@@ -3860,6 +3886,7 @@ class Trainer:
         with self.guard:
             self.session = True
             self.let_in()
+        threading.Thread(target=machine.watch, name='machine', daemon=True).start()
 
     def let_in(self) -> None:
         """Tell it that there is a session, and what it has to know."""
@@ -3869,10 +3896,10 @@ class Trainer:
         last = self.run.get('number', 0)
         self.line.send('logged_in', settings=settings, last=last, folders=folders, params=own_params)
 
-    def do_run(self, commands: bool, handlers: dict, values: dict, offer: str) -> None:
+    def do_run(self, commands: bool, handlers: dict, values: dict, offer: str, gpu: str) -> None:
         """It calls run(): it is ready for commands and messages; what an earlier one left is to be done."""
         with self.guard:
-            first = not self.told
+            first, machine.gpu = not self.told, gpu
             self.told = {'commands': commands, 'handlers': handlers, 'values': values}
             self.state = State.READY
             if first:
@@ -3900,7 +3927,7 @@ class Trainer:
         """A command was carried out: its answer and its effects are remembered together."""
         with self.guard:
             order = self.orders.pop(id, None)
-            self.sent.pop(id, None)
+            sent = self.sent.pop(id, None)
             letters = [Letter(**letter) for letter in letters]
             if run.get('begun') and countdown.cancel() and letters:
                 letters[0] = letters[0]._replace(content=f'{letters[0].content}\n（“{options.then}”已取消）')
@@ -3910,6 +3937,7 @@ class Trainer:
                     self.saved &= 'begun' not in run
                     self.run = {**({} if 'begun' in run else self.run), **run}
                     also.append(self.run_row())
+                    self.keep_output(sent if 'begun' in run else None)
                 keys = self.reply(order, letters, also)
                 if self.unheard.get(order.person) == (commands_of(order.text), ()):
                     self.unheard[order.person] = commands_of(order.text), keys
@@ -3922,12 +3950,24 @@ class Trainer:
             pairs = [(person, Letter(**letter)) for letter in letters for person in audience]
             run = run or {}
             self.run.update(run)
+            self.keep_output()
             self.saved |= 'checkpoint' in run
             self.progress |= bool(run)
             mail.put(*pairs, also=[self.run_row()] if run else ())
             if run.get('then') and options.then:
                 countdown.start(self.run.get('person'))
             self.guard.notify_all()
+
+    def keep_output(self, since: Optional[float] = None) -> None:
+        """Let what is printed go to the run's folder; a run has begun at `since`. Needs the guard.
+
+        One that has come to nothing has no folder: its last words get one.
+        """
+        folder, ending = self.run.get('folder'), self.run.get('ending')
+        if not folder and ending in WRONG and output.path is None and self.process is not None:
+            with contextlib.suppress(OSError):
+                folder = make_run_folder()
+        output.follow(folder, since)
 
     def run_row(self) -> tuple:
         """Return the statement that remembers what is known of the last run. Needs the guard."""
@@ -4033,7 +4073,8 @@ STANDING = {  # what a run that stands still does, where that is no batch
     Phase.SAVING: '没有动静，停在存检查点',
     Phase.ENDING: '没有动静，停在收尾',
 }
-SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs'}  # what changes nothing
+WRONG = {each.value for each in (Ending.NAN, Ending.ERROR, Ending.BROKEN)}  # ends of a run
+SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'log'}  # what changes nothing
 
 
 def known_runs(most: int = 1000) -> list:
@@ -4058,6 +4099,16 @@ def folder_of_run(place: Optional[int]) -> str:
     """Return the folder of the run at a place, from 1, in 记录's list; '' when there is none."""
     runs = listed_runs()
     return runs[place - 1]['folder'] if place and place <= len(runs) else ''
+
+
+def last_run_text(run: dict) -> str:
+    """Return how the last run went; '' when there was none."""
+    if not run.get('begun'):
+        return ''
+    demo = '演示数据，' * (run.get('data') == 'demo')
+    ended = run.get('ending') or '训练中'
+    line = f'上次，{local_time(run["begun"])}：{run.get("how_far", "")}，{demo}{ended}'
+    return '\n'.join([line, *run.get('best_lines', ())])
 
 
 def runs_text() -> str:
@@ -4186,29 +4237,254 @@ def wait_for_end(process: subprocess.Popen, result: list, write: int) -> None:
 
 
 def copy_output(number: int, stream: int, last_words: collections.deque) -> None:
-    """Print what the training process prints, and keep the last lines of its errors: a thread for each."""
-    rest = b''
-    with contextlib.suppress(OSError):
-        while content := os.read(stream, 65536):
-            printer.put(number, f'its {number}', content)
-            if number == 2:
-                *lines, rest = (rest + content).split(b'\n')
-                last_words += [line.decode(sys.stderr.encoding, 'replace') for line in lines]
-                rest = rest[-1000:]
-    last_words.append(rest.decode('utf-8', 'replace'))
+    """Print what the training process prints, and keep the last lines: a thread for each of its streams."""
+    rest, content = b'', None
+    while content != b'':
+        content = b''
+        with contextlib.suppress(OSError):
+            content = os.read(stream, 65536)
+        printer.put(number, f'its {number}', content)
+        *lines, rest = (rest + (content or b'\n' * bool(rest))).split(b'\n')
+        rest = rest[-4 * Output.LONGEST :]
+        lines = [line.decode(sys.stderr.encoding, 'replace') for line in lines]
+        last_words += lines if number == 2 else ()
+        try:
+            output.add(lines)
+        except Exception:  # of this one piece: what waits in the pipe would hold up the training
+            print_traceback()
 
 
 def oom_kills() -> list:
     """Return how many processes the kernel has killed for want of memory: in all, in this control group."""
-    numbers, paths = [], ['/proc/vmstat']
-    with contextlib.suppress(OSError), open('/proc/self/cgroup') as f:
-        groups = [line.rstrip('\n').split(':', 2) for line in f]
-        paths += [f'/sys/fs/cgroup{path}/memory.events' for _, names, path in groups if not names]
-        paths += [f'/sys/fs/cgroup/memory{path}/memory.oom_control' for _, names, path in groups if names]
-    for path in [*paths, '/sys/fs/cgroup/memory.events']:  # the last: in a container
+    numbers, names = [], ('memory.events', 'memory.oom_control')
+    for path in ['/proc/vmstat', *(os.path.join(each, name) for each in memory_groups() for name in names)]:
         with contextlib.suppress(OSError), open(path) as f:
             numbers += re.findall(r'^oom_kill (\d+)', f.read(), re.M)
     return numbers
+
+
+def memory_groups() -> list:
+    """Return the folders of the control groups that limit this process's memory, and its children's."""
+    folders = ['/sys/fs/cgroup']  # in a container
+    with contextlib.suppress(OSError), open('/proc/self/cgroup') as f:
+        for _, kinds, path in (line.rstrip('\n').split(':', 2) for line in f):
+            root = '/sys/fs/cgroup' + '/memory' * bool(kinds)
+            if not kinds or 'memory' in kinds.split(','):
+                parts = path.strip('/').split('/')
+                folders += ['/'.join([root, *parts[:n]]) for n in range(len(parts) + 1)]
+    return list(dict.fromkeys(folders))
+
+
+class Output:
+    """What the training process has printed: the last lines in memory, all of a run's in its folder.
+
+    The threads that read its streams add to it, the one that listens to it says which run goes on, any thread
+    reads it; `guard` guards everything.
+    """
+
+    KEPT, LONGEST = 2000, 1000  # lines; characters of one
+    MOST, ROOM = 100, 12000  # in an answer: lines; bytes, which are six messages
+    FULL = 10**7  # bytes of the file: then another one is begun, and the one before kept
+
+    def __init__(self):
+        self.guard = threading.Lock()
+        self.lines = collections.deque(maxlen=self.KEPT)  # (when, by time.monotonic(), line)
+        self.path, self.since = None, 0.0  # of the run's file, once it has a folder; when the run began
+
+    def add(self, lines: list) -> None:
+        """Keep lines as a terminal would show them, without colours, and without secrets."""
+        lines = [re.sub(r'\x1b\[[\d;?]*[A-Za-z]', '', line.rstrip('\r')).split('\r')[-1] for line in lines]
+        lines = [visible(without_queries(line.expandtabs())[: self.LONGEST]) for line in lines]
+        with self.guard:
+            self.lines += [(time.monotonic(), line) for line in lines]
+            self.write(lines)
+
+    def write(self, lines: list) -> None:
+        """Write lines to the file, if it can be. Needs the guard."""
+        if not self.path or not lines:
+            return
+        private = functools.partial(os.open, mode=0o600)
+        with contextlib.suppress(OSError):
+            with open(self.path, 'a', encoding='utf-8', errors='backslashreplace', opener=private) as f:
+                f.writelines(line + '\n' for line in lines)
+                full = f.tell() > self.FULL
+            if full:
+                os.replace(self.path, self.path + '.1')
+
+    def follow(self, folder: Optional[str], since: Optional[float]) -> None:
+        """The run has this folder, or none yet. One that has begun did so at `since`, by time.monotonic()."""
+        path = folder and os.path.join(folder, 'output.log')
+        with self.guard:
+            if since is not None and path != self.path:
+                self.path, self.since = None, min(since, time.monotonic())
+            if not path or path == self.path:
+                return
+            self.path = path
+            self.write([line for when, line in self.lines if when >= self.since])
+        memory.write(set_setting('output', path))
+
+    def read(self, path: Optional[str]) -> None:
+        """Take in the last lines of the file of an earlier program."""
+        with contextlib.suppress(OSError), open(path or '', 'rb') as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - self.KEPT * 100))
+            lines = f.read().decode('utf-8', 'replace').splitlines()
+            with self.guard:
+                self.lines.extendleft((-math.inf, line) for line in lines[::-1])
+
+    def text(self, number: int, whole_error: bool) -> str:
+        """Return the last lines, at most so many; but the `whole_error` that stands at their end."""
+        with self.guard:
+            lines, path = [line for _, line in self.lines], self.path
+        first = len(lines) - min(number, self.MOST)
+        if whole_error:
+            first = min(first, start_of_error(lines))
+        shown_lines, room = [], self.ROOM
+        for line in reversed(lines[max(first, 0) :]):
+            room -= size(line) + 1
+            if room < 0:
+                shown_lines.append('（前面的太长了' + (f'，都在 {shown(path)}）' if path else '）'))
+                break
+            shown_lines.append(line)
+        notes = [f'（最多 {self.MOST} 行）'] * (number > self.MOST)
+        return '\n'.join([*notes, *shown_lines[::-1]]).strip('\n') or '还没有打印过什么。'
+
+
+def start_of_error(lines: list) -> int:
+    """Return where the last traceback begins, with those that led to it, or the last words of a crash."""
+    first = len(lines)
+    for i in reversed(range(len(lines))):
+        if re.match('Traceback \\(most recent|Fatal Python error', lines[i]):
+            first = i
+            if not (i > 1 and lines[i - 2].startswith(('During handling of the', 'The above exception was'))):
+                break
+    return first
+
+
+class Machine:
+    """What is left of the machine, and warnings before that ends a run.
+
+    A thread of its own looks at it, as a driver or a disk that hangs must hold up nobody; any reads `text`.
+    """
+
+    EVERY = 1  # second
+
+    def __init__(self):
+        self.gpu = ''  # the one that trains: see gpu_number()
+        self.text = ''  # how it is, in words
+        self.enough = 0.0  # bytes of memory that were left when it was last a tenth
+        self.told = set()  # what was warned of and has not been good since
+
+    def watch(self) -> None:
+        """Look at it for ever, and tell what is to be told: the work of its thread."""
+        pause, seconds = threading.Event(), 0
+        while not pause.wait(seconds):
+            seconds = self.EVERY
+            try:
+                for text in self.look():
+                    text = f'{text}（主机 {socket.gethostname()}）'
+                    trainer.tell(Letter(text, 'notice'), trainer.run.get('person'))
+            except Exception:
+                print_traceback()
+                seconds = 600
+
+    def look(self) -> list:
+        """Look at it; return the warnings that are new."""
+        used = memory_of(trainer.process.pid if trainer.process else os.getppid())
+        (left, most), room = memory_left(), checkpoint_size()
+        free = shutil.disk_usage(RUNS if os.path.isdir(RUNS) else FOLDER).free
+        gpu, heat = gpu_now(self.gpu) if self.gpu else ([], None)
+        words = f'训练的进程 {amount(used)}，' * bool(used) + f'还剩 {amount(left)}/{amount(most)}'
+        load = f'负载 {os.getloadavg()[0]:.1f}/{os.cpu_count()} 核'
+        lines = [f'内存：{words}', f'磁盘还剩 {amount(free)}，{load}', *['GPU ' + '，'.join(gpu)] * bool(gpu)]
+        self.text = '\n'.join(lines)
+        if left >= most / 10 or not self.enough:
+            self.enough = left
+        falling = left < self.enough - most / 100
+        short = f'内存快用完了，还在少下去：{words}。用完了，训练的进程会被系统杀掉'
+        full = f'磁盘快满了：runs/ 那里还剩 {amount(free)}，存不下三个检查点'
+        return [
+            *self.new('memory', left < most / 10 and falling, left > most / 8, short),
+            *self.new('disk', room and free < 3 * room, free > 4 * (room or math.inf), full),
+            *self.new('GPU', heat and heat > 90, heat and heat < 85, f'GPU 太热了：{heat} °C'),
+        ]
+
+    def new(self, what: str, bad: Any, good: Any, text: str) -> list:
+        """Return the text when something is bad that was good since that was told, if there is a run."""
+        if good:
+            self.told.discard(what)
+        if not bad or what in self.told or not trainer.is_busy():
+            return []
+        self.told.add(what)
+        return [text]
+
+
+def memory_of(pid: int) -> int:
+    """Return how much memory a process uses, in bytes; 0 when it has just ended."""
+    import psutil  # 40 ms: not before the login
+
+    try:
+        return psutil.Process(pid).memory_info().rss
+    except psutil.Error:
+        return 0
+
+
+def memory_left() -> tuple:
+    """Return how much memory is left, and of how much, in bytes: of the machine's or a control group's."""
+    import psutil
+
+    whole = psutil.virtual_memory()
+    rooms = [(whole.available, whole.total)]
+    kinds = ('max', 'current'), ('limit_in_bytes', 'usage_in_bytes')
+    for folder, names in itertools.product(memory_groups(), kinds):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file; no limit
+            limit, used, more = (read_text(f'{folder}/memory.{name}') for name in (*names, 'stat'))
+            given_up = re.findall(r'^(?:total_)?inactive_file (\d+)', more, re.M)[-1]  # when it is wanted
+            rooms.append((int(limit) - int(used) + int(given_up), int(limit)))
+    return min(rooms)
+
+
+def read_text(path: str) -> str:
+    """Return what stands in a file. Raises OSError."""
+    with open(path) as f:
+        return f.read()
+
+
+def checkpoint_size() -> int:
+    """Return how many bytes the last checkpoint takes; 0 when there is none, or one is being written: that
+    takes room for a moment."""
+    path = trainer.run.get('checkpoint')
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path) if path and place.read()['phase'] != Phase.SAVING else 0
+    return 0
+
+
+def gpu_now(name: str) -> tuple:
+    """Return what NVML knows of a GPU, by its number or UUID, in words, and its temperature in °C or None."""
+    import pynvml  # 50 ms, 2 MB: where there is a GPU
+
+    def ask(function: Callable, *what: Any) -> Any:
+        with contextlib.suppress(pynvml.NVMLError):  # no driver; a part of a GPU does not know all
+            return function(*what)
+
+    ask(pynvml.nvmlInit)
+    by = pynvml.nvmlDeviceGetHandleByIndex if name.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID
+    gpu = ask(by, int(name) if name.isdecimal() else name)
+    if gpu is None:
+        return [], None
+    use, room = ask(pynvml.nvmlDeviceGetUtilizationRates, gpu), ask(pynvml.nvmlDeviceGetMemoryInfo, gpu)
+    heat = ask(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU)
+    words = [f'使用率 {use.gpu}%'] if use else []
+    words += [f'显存 {room.used / 2**20:.0f}/{room.total / 2**20:.0f} MB'] if room else []
+    return words + ([] if heat is None else [f'{heat} °C']), heat
+
+
+def amount(size: float) -> str:
+    """Return a number of bytes in words.
+
+    >>> amount(451 * 2**20), amount(3.25 * 2**30)
+    ('451 MB', '3.2 GB')
+    """
+    return f'{size / 2**20:.0f} MB' if size < 2**30 else f'{size / 2**30:.1f} GB'
 
 
 class Countdown:
@@ -4308,6 +4584,7 @@ if TALKS:
     silence_logging()
     make_streams_safe()
     memory, people, mail, countdown, trainer = Memory(), People(), Mail(), Countdown(), Trainer()
+    output, machine = Output(), Machine()
     printer = None
     if role:  # the one that trains has started it, and prints
         place = Place(int(role_words[1]))
@@ -5817,7 +6094,7 @@ def save_checkpoint(
         with lock:
             here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
             run.finish_unreported(epoch)
-            state, log = run.state(*here), run.history.csv()
+            state, log, mistakes = run.state(*here), run.history.csv(), run.mistakes
             losses = np.array(run.losses.points)
             row = run.history.row_of(epoch) if not state['batch'] else None
             is_best = row is not None and row is run.history.best
@@ -5835,7 +6112,7 @@ def save_checkpoint(
                 raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
         if is_best:
             run.write('best.params', '最好的网络', nets[0].save_parameters)
-        kept = nets, as_list(trainer), state, losses, log, extra
+        kept = nets, as_list(trainer), state, losses, log, extra, mistakes
         path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, *kept))
         if path and is_best:
             run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
@@ -6702,15 +6979,16 @@ class Run:
         rate = self.history.rows[-1].learning_rate if self.history.rows else self.learning_rate
         values = rate, self.training_iters, self.batch_size
         about = {'data': self.data, 'best_by': (self.history.by, self.history.lower), 'values': values}
-        return {**about, 'how_far': self.how_far(), 'epochs': len(self.history.rows), 'best': found}
+        numbers = {'epochs': len(self.history.rows), 'best': found, 'best_lines': self.best_lines()}
+        return {**about, 'how_far': self.how_far(), **numbers}
 
-    def status(self) -> str:
-        """Return where things stand, but for what follows for the machine."""
+    def status(self, last: str = '', machine: str = '') -> str:
+        """Return where things stand; how the last run went and the machine is, the talking process knows."""
         lines = ['训练中' if self.is_going() else '正在停止' if self.busy else '空闲']
         if self.history.rows or self.batch or self.busy:
             lines[0] += '：' + self.how_far() + ('' if self.busy else '（上次）')
         else:
-            lines += filter(None, [resume_offer()])
+            lines += filter(None, [last, resume_offer()])
         lines += filter(None, [PHASES.get(self.phase), missing_processes()])
         if self.losses.last is not None:
             lines.append(f'最近一批损失 {self.losses.last:.4g}')
@@ -6721,7 +6999,7 @@ class Run:
             lines += filter(None, [self.speed()])
             lines.append(f'已用 {duration(self.clock.elapsed())}{self.time_left()}')
         lines.append(self.values() if self.busy else values_now())
-        return '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}'])
+        return '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}', machine]).strip()
 
     def speed(self) -> str:
         """Return how many images a second the present pass has trained, in words; '' when nobody knows."""
@@ -6923,24 +7201,22 @@ def device() -> str:
     return name + (f'，{team.size} 个进程一起' if team.size > 1 else '')
 
 
-def gpu_state() -> str:
-    """Return what nvidia-smi says of the GPU that trains; it may take a moment."""
-    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')  # MXNet counts among these alone
-    gpu = visible[options.gpu] if visible[0] and options.gpu < len(visible) else options.gpu
-    query = f'nvidia-smi --id={gpu} --query-gpu=utilization.gpu,memory.used,memory.total'
-    query += ' --format=csv,noheader,nounits'
-    try:
-        done = subprocess.run(query.split(), capture_output=True, text=True, timeout=5, check=True)
-        return '\nGPU 使用率 %s%%，显存 %s/%s MB' % tuple(done.stdout.strip().split(', '))
-    except (OSError, subprocess.SubprocessError, TypeError):
+def gpu_number() -> str:
+    """Return by what NVML knows the GPU that trains, a number or a UUID; '' when there is none."""
+    if try_gpu().device_type == 'cpu':
         return ''
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')  # MXNet counts among these alone
+    return visible[options.gpu].strip() if visible[0] and options.gpu < len(visible) else str(options.gpu)
 
 
 def error_lines(error: BaseException) -> list:
-    """Return what an exception says and where it was raised, in two lines for a phone."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Return what an exception says and the last line of a person's own that led to it, for a phone."""
+    frames, ours = traceback.extract_tb(error.__traceback__), re.escape(__file__)
+    library = re.escape(os.path.dirname(os.__file__) + os.sep)
+    others = re.compile(rf'{ours}\Z|{library}|.*/(?:site|dist)-packages/|<(?!ipython)')
+    own = [frame for frame in frames if not others.match(frame.filename)]
     lines = [f'{type(error).__name__}: {first_line(error)}']
-    return lines + [f'{os.path.basename(p.filename)} 第 {p.lineno} 行：{p.line}' for p in frames[-1:]]
+    return lines + [f'{os.path.basename(p.filename)} 第 {p.lineno} 行：{p.line}' for p in own[-1:]]
 
 
 CHINESE_FONTS = (  # names of files, the best first
@@ -7183,9 +7459,10 @@ def draw_mistakes(mistakes: list, path: str) -> None:
 
 # ---------------------------------------------------------------------------------- the files of a run
 
-# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy, log.csv),
-# best.zip, best.params, log.csv and curve.png. Each but the log is written under another name and then put in
-# its place, so that there is always a whole one; last.zip carries the checksums of what it holds.
+# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy, log.csv,
+# mistakes.npz), best.zip, best.params, log.csv, curve.png and output.log. Each but the logs is written under
+# another name and then put in its place, so that there is always a whole one; last.zip carries the checksums
+# of what it holds.
 
 
 def write_whole(path: str, write: Callable) -> None:
@@ -7202,7 +7479,14 @@ def write_whole(path: str, write: Callable) -> None:
 
 
 def write_checkpoint(
-    path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray, log: str, extra: Optional[dict] = None
+    path: str,
+    net: Any,
+    trainer: Any,
+    state: dict,
+    losses: np.ndarray,
+    log: str,
+    extra: Optional[dict] = None,
+    mistakes: Iterable = (),
 ) -> None:
     """Write last.zip to `path`."""
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), suffix=NEW) as folder:
@@ -7212,6 +7496,7 @@ def write_checkpoint(
             each.save_states(name)
         write_extra(folder, extra or {})
         np.save(os.path.join(folder, 'losses.npy'), losses)
+        write_mistakes(os.path.join(folder, 'mistakes.npz'), mistakes)
         append(os.path.join(folder, 'run.json'), json.dumps(state, ensure_ascii=False), 'w')
         append(os.path.join(folder, 'log.csv'), log, 'w')
         with zipfile.ZipFile(path, 'w') as checkpoint:
@@ -7245,6 +7530,21 @@ def read_extra(folder: str) -> dict:
 
         with open(os.path.join(folder, 'extra.json'), encoding='utf-8') as f:
             return json.load(f, object_hook=revive)
+
+
+def write_mistakes(path: str, mistakes: Iterable) -> None:
+    """Write what Mistakes has kept."""
+    sure, images, true, said = [np.array(column) for column in zip(*mistakes)] or [[]] * 4
+    np.savez_compressed(path, sure=sure, images=images, true=true, said=said)
+
+
+def read_mistakes(folder: Optional[str]) -> list:
+    """Return them as a run's checkpoint has them; [] where there is none, or it is of an earlier version."""
+    with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):
+        with open_private(os.path.join(folder or '', 'last.zip')) as f, zipfile.ZipFile(f) as checkpoint:
+            with np.load(io.BytesIO(checkpoint.read('mistakes.npz'))) as kept:
+                return list(zip(*(kept[name] for name in ('sure', 'images', 'true', 'said'))))
+    return []
 
 
 def back_to_best(folder: Optional[str]) -> str:
@@ -7413,7 +7713,7 @@ class Asked(NamedTuple):
     person: Caller
     number: int = 0  # behind the word
     path: str = ''  # the checkpoint to go on from
-    known: str = ''  # what the talking process knows of it: see Order.words()
+    known: Any = ''  # what the talking process knows of it: see Trainer.known()
 
 
 class Settings:
@@ -7576,12 +7876,12 @@ class Commands:
 
     def status(self, asked: Asked) -> Any:
         """Say where things stand."""
-        text = f'{run.status()}\n{manner_text(settings.report_every, settings.patience)}'.strip()
-        return text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
+        text = run.status(*asked.known)
+        return f'{text}\n{manner_text(settings.report_every, settings.patience)}'.strip()
 
     def plot(self, asked: Asked) -> Any:
-        """Draw the curves; with a number, those of that run in 记录's list."""
-        if not asked.number:
+        """Draw the curves; with a number, those of that run in 记录's list; after a restart, of the last."""
+        if not asked.number and (run.phase is not Phase.WAITING or not asked.known):
             drawable = run.losses.points or run.history.rows
             return run.curve() if drawable else '还没有可画的：训练开始后再发“曲线”。'
 
@@ -7595,20 +7895,29 @@ class Commands:
     def mistakes(self, asked: Asked) -> Any:
         """Draw the test examples that the network got wrong, the surest first."""
         this_run, mistakes = run, run.mistakes
-        if not mistakes:
-            return '还没有错图：测试过一次以后才有。'
-        if mistakes[0][1].ndim != 3 or mistakes[0][1].shape[0] not in (1, 3):
-            return '这些数据不是图，画不出来。'
+        folder = asked.known if run.phase is Phase.WAITING else run.folder
 
         def picture():
-            path = this_run.write('mistakes.png', '错图', functools.partial(draw_mistakes, mistakes))
+            shown = mistakes or read_mistakes(folder)
+            if not shown:
+                return '还没有错图：测试过一次以后才有。'
+            if shown[0][1].ndim != 3 or shown[0][1].shape[0] not in (1, 3):
+                return '这些数据不是图，画不出来。'
+            draw = functools.partial(draw_mistakes, shown)
+            if mistakes:
+                path = this_run.write('mistakes.png', '错图', draw)
+            else:
+                path = os.path.join(folder, 'mistakes.png')
+                write_whole(path, draw)
             return Letter(path, 'picture') if path else '错图没有画成。'
 
         return trying('图没有画成', picture)
 
     def runs(self, asked: Asked) -> str:
-        """List the last runs, so that they can be compared."""
+        """Say what the talking process knows."""
         return asked.known
+
+    log = runs
 
     def params(self, asked: Asked) -> str:
         """Say the three values, and what else was set."""
@@ -7920,7 +8229,7 @@ class Remote(itchat.Core):
             offer = resume_offer() if self.commands else ''
             handlers = {chat: list(functions) for chat, functions in self.functionDict.items()}
         can = self.commands is not None and team.leads
-        self.line.send('run', commands=can, handlers=handlers, values=values, offer=offer)
+        self.line.send('run', commands=can, handlers=handlers, values=values, offer=offer, gpu=gpu_number())
 
     def leave(self, status: int, again: bool = False) -> None:
         """Say good-bye and end the process; `again`: to be started anew."""
