@@ -3597,7 +3597,7 @@ def test_the_state_of_the_machine(wechat, tmp_path):
             if heat > 90:
                 wechat.wait(lambda n=times: sum('GPU 太热了' in text for text in wechat.heard()) >= n)
             assert sum('GPU 太热了' in text for text in wechat.heard()) == times
-        assert 'GPU 太热了：95 °C（主机 ' in wechat.heard()[-1]
+        assert any('GPU 太热了：95 °C（主机 ' in text for text in wechat.heard())
         assert file_number(f'/proc/{program.process.pid}/status', r'VmHWM:\s+(\d+)') < 60 * 1024
         with open(f'/proc/{program.process.pid}/maps') as f:
             assert 'numpy' not in f.read()
@@ -3684,7 +3684,7 @@ PRINTING_MUCH = """
     for line in lines:
         print(line)
     print('a bar 1%\\ra bar 50%\\r\\x1b[31ma bar 100%\\x1b[0m')
-    print('see https://me:password@host/path?skey=1&sid=2', 'colu\\tmn')
+    print('colu\\tmn', 'see https://me:password@host/path?skey=1&sid=2')
     utils.lock_start()
     if MODE == 'dies':
         print('last words, no end of line', end='', flush=True)
@@ -3709,7 +3709,7 @@ def test_the_last_lines_that_were_printed(wechat, tmp_path):
     script, mode = own_script(tmp_path, PRINTING_MUCH, head=head), tmp_path / 'mode'
     mode.write_text('fails')
     printed = [f'{"é" * (n % 90)} line {n}' for n in range(150)]
-    printed += ['a bar 100%', 'see https://...@host/path?... colu\tmn'.expandtabs()]
+    printed += ['a bar 100%', 'colu    mn see https://...@host/path?...']
 
     def run(pattern):
         so_far = len(wechat.heard())
