@@ -2756,7 +2756,9 @@ os.makedirs('deaths', exist_ok=True)
 def die(when):
     if when == WHEN and len(os.listdir('deaths')) < TIMES:
         os.mkdir(f'deaths/{len(os.listdir("deaths"))}')
-        os._exit(3) if HOW == 'exit' else os.kill(os.getpid(), getattr(signal, HOW))
+        if HOW == 'exit':
+            os._exit(3)
+        os.kill(os.getppid() if HOW == 'talker' else os.getpid(), getattr(signal, HOW, signal.SIGKILL))
 
 def save_half(path, net, trainer, state, *others, write=utils.write_checkpoint):
     if state['epochs'] == 3:
@@ -2987,6 +2989,35 @@ def test_nothing_goes_on_when_nobody_talks_any_more(wechat, images, tmp_path, wh
         assert wechat.logins == 1
         assert wechat.ask('参数', 'C').startswith('抱歉')  # nobody takes over
         assert when == 'stop' or sum('又启动了' in t for t in wechat.heard()) == (when == 'testing')
+
+
+@pytest.mark.parametrize('when', ['compiling', 'training', 'testing', 'saving', 'answering', 'stop'])
+def test_the_talking_process_may_be_killed_at_any_moment(wechat, tmp_path, when):
+    """What was answered is known to the next one, what was not is carried out once; the run can go on."""
+    with mortal(tmp_path, when, 'talker', env=wechat.env()) as program:
+        wechat.ready()
+        others = others_of(program)
+        wechat.says('B', 'ti 5')
+        if when != 'answering':
+            wechat.wait_text('ti = 5')
+            wechat.says('B', '开始')
+        if when == 'stop':
+            wechat.wait_text('第 2/5 轮')
+            wechat.says('B', '停止')
+        program.process.wait(DEADLINE)
+        wait_gone(others)
+    wechat.receiving, since = 0, len(wechat.heard())
+    with mortal(tmp_path, 'never', env=wechat.env()):
+        wechat.wait(lambda: wechat.receiving)
+        assert 'ti = 5' in (
+            wechat.wait_text('ti = 5', since=since) if when == 'answering' else wechat.ask('参数')
+        )
+        assert wechat.logins == 1 and wechat.ask('参数', 'C').startswith('抱歉')
+        if when != 'answering':
+            assert '程序又启动了' in ''.join(map(str, wechat.heard())) or when == 'stop'
+            since = len(wechat.heard())
+            wechat.ask('开始' if when == 'compiling' else '继续')
+            assert '完成 5/5 轮' in wechat.wait_text('训练完成', since=since)
 
 
 def test_both_killed_and_started_by_hand(wechat, tmp_path):
