@@ -49,7 +49,7 @@ def explain_missing_package(kind: type, error: BaseException, trace: 'Any') -> N
     here = os.path.dirname(os.path.abspath(__file__))
     wanted, venv = os.path.join(here, 'requirements.txt'), os.path.join(here, '.venv')
     install = f'{{}} -m pip install --no-deps -r {wanted}'
-    if os.path.exists(os.path.join(venv, 'bin', 'python')) and not sys.prefix.startswith(venv):
+    if os.path.exists(os.path.join(venv, 'bin', 'python')) and not sys.executable.startswith(venv):
         how = f'用 {venv}/bin/python 代替 {sys.executable}'
     elif sys.prefix != sys.base_prefix:
         how = '先运行 ' + install.format(sys.executable)
