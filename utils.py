@@ -4014,11 +4014,12 @@ class Trainer:
         at = place.read()
         silence = time.monotonic() - at['last_step']
         usual = (at['last_step'] - at['epoch_began']) / max(at['batch'] - at['epoch_from'], 1)
+        going = Phase.LOADING <= at['phase'] <= Phase.ENDING
+        self.silent &= going
         if self.silent and silence < 10 * usual + 1:
             self.silent = False
             batch = f'，{place_in_words(at["epochs"], at["batch"], at["batches"])}' if at['batch'] else ''
             return f'又接着算了：完成 {at["epochs"]:.0f}/{at["length"]:.0f} 轮{batch}'
-        going = Phase.LOADING <= at['phase'] <= Phase.ENDING
         if self.silent or not going or silence <= max(options.silence, 10 * usual):
             return ''
         self.silent = True
