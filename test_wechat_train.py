@@ -5973,7 +5973,7 @@ RUBBISH = [
 def test_a_peer_that_sends_rubbish_is_disconnected(wechat, light, tmp_path):
     [program] = join(light, wechat, '甲').values()
     foreign = [greeting(do=do) for do in ('beat', 'leave', '__init__', 7)]
-    foreign += [greeting(name=['x']), greeting(silent='x'), greeting(turn=None) * 2, greeting(id={})]
+    foreign += [greeting(name=['x']), greeting(silent='x'), greeting(turn=None), greeting(host=5)]
     for rubbish in [*RUBBISH, *foreign[1:]]:
         with connected(tmp_path / 'wechat_train' / 'wechat.sock') as peer:
             peer.settimeout(DEADLINE)
@@ -6027,11 +6027,6 @@ def test_a_peer_that_never_reads_holds_up_nobody(wechat, light, tmp_path):
     wechat.wait_text('乙. 执行了：报告 3')
 
 
-def as_nobody():
-    os.setgid(65534)
-    os.setuid(65534)
-
-
 def test_what_others_could_have_put_there_is_not_used(wechat, light, tmp_path):
     folder = tmp_path / 'wechat_train'
     join(light, wechat, '甲')
@@ -6055,33 +6050,27 @@ def test_what_others_could_have_put_there_is_not_used(wechat, light, tmp_path):
         )
     wechat.phone = 'lies on the table'
     folder.chmod(0o755)
-    for options in ([], ['--chat', str(path), '--alone']):
-        program = light('乙', wechat, *options)
-        if options:
-            continue
-        program.wait_output('请用微信扫码')
-        assert '不和别的程序合用登录' in program.output() and '只有你能读写的文件夹' in program.output()
-        program.kill()
+    program = light('乙', wechat)
+    program.wait_output('请用微信扫码')
+    assert '不和别的程序合用登录' in program.output() and '只有你能读写的文件夹' in program.output()
     if os.getuid():
         return
-    for changed, mode in ((tmp_path, 0o755), (folder, 0o755), (path, 0o777)):  # whoever has come this far
-        changed.chmod(mode)
-    code = f"""
-import os, socket
-os.chdir({str(folder)!r})
-peer = socket.socket(socket.AF_UNIX)
-peer.connect('wechat.sock')
-try:
-    peer.sendall({greeting()!r})
-    print(peer.recv(1))
-except OSError:
-    print(b'')
-"""
-    for parent in tmp_path.parents:
-        if parent.owner() == 'root' and parent.stat().st_mode & 0o001 == 0:
-            parent.chmod(parent.stat().st_mode | 0o001)
-    done = subprocess.run([sys.executable, '-c', code], preexec_fn=as_nobody, capture_output=True, text=True)
-    assert done.stdout == "b''\n", done.stderr
+    folder.chmod(0o755)  # another user that has come this far
+    path.chmod(0o777)
+    pid = os.fork()
+    if not pid:
+        status = 1
+        with contextlib.suppress(ConnectionError):
+            os.chdir(folder)
+            os.setgid(65534)
+            os.setuid(65534)
+            peer = socket.socket(socket.AF_UNIX)
+            peer.connect(path.name)
+            status = 2
+            peer.sendall(greeting())
+            status = 3 if peer.recv(1) else 2
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     assert wechat.ask('程序').count('聋子') == 0
 
 
@@ -6095,7 +6084,7 @@ def test_two_programs_that_train_and_the_end_of_the_one_with_the_login(wechat, l
     wechat.says('B', '乙 报告 0\n开始\n甲 开始')
     for name in '甲乙':
         wechat.wait_text(rf'\A\[{name}\] [^\[]*开始训练')
-    wechat.wait_text(r'\A\[甲\] 第 1 轮')
+    wechat.wait_text(r'\A\[甲\] 第 1/')
     since = len(wechat.heard())
     wechat.says('B', '甲 曲线')
     wechat.wait_picture(since=since)
@@ -6107,15 +6096,14 @@ def test_two_programs_that_train_and_the_end_of_the_one_with_the_login(wechat, l
     assert '只替别的程序传话' in wechat.wait_text('只替别的程序')
     wechat.says('B', '程序')
     wechat.wait_text(r'乙（主机 .*）：wechat_train.py，完成 \d+/100000 轮')
-    wechat.wait(lambda: time.monotonic())
     time.sleep(1.1)  # two signals within a second are one
     first.process.send_signal(signal.SIGINT)
     assert first.process.wait(DEADLINE) == 130
     second.wait_output('甲 没有了，训练不受影响；自己登录')
-    wechat.wait_text(r'\A甲 没有了，现在由 乙 登录')
+    wechat.wait_text('甲 没有了，现在由 乙 登录')
     second.wait_output('已登录')
     wechat.says('B', '状态')
-    assert '完成' in wechat.wait_text(r'\A[^\[].*速度|\A[^\[]*主机') and wechat.logins == 1
+    assert wechat.wait_text(r'(?s)\A[^\[]*速度') and wechat.logins == 1
     wechat.says('B', '停止')
     wechat.wait_text(r'\A训练已停止')
     assert 'Traceback' not in first.output() + second.output()

@@ -3176,16 +3176,16 @@ class Programs:
 
     def beat(self, other: Optional[Other], line: Line, peer: int, id: str, turn: int, **how: Any) -> Other:
         """It lives, and says how far it is; answer with what it has to know. The first is its greeting."""
+        facts = {'what': how['what'][:80], 'far': how['far'][:80], 'silent': float(how['silent'])}
         with self.guard:
             new = other is None
             if new:
-                other = self.admit(id, turn, how['name'], how['host'])
+                other = self.admit(str(id), int(turn), how['name'], visible(how['host'])[:40])
                 other.line, other.host = line, visible(how['host'])[:40]
                 other.local = how['host'] == socket.gethostname() and peer == how['pid']
             elif other.line is not line or line.waiting.qsize() > 1000:
                 raise ConnectionError('replaced, or it does not read')
-            other.heard = time.monotonic()
-            other.facts = {'what': how['what'][:80], 'far': how['far'][:80], 'silent': float(how['silent'])}
+            other.heard, other.facts = time.monotonic(), facts
             line.send('state', **self.state(other))
             for number in other.errands if new else ():
                 self.deliver(other, number)
@@ -3208,7 +3208,7 @@ class Programs:
         other = self.others[name] = Other(id, name)
         other.turn = turn
         back = self.left.pop(id, None)
-        text = f'{name}（主机 {visible(host)[:40]}）{"又连上了" if back else "也用这个微信了"}。'
+        text = f'{name}（主机 {host}）{"又连上了" if back else "也用这个微信了"}。'
         say(visible(text))
         if back:
             mail.put(*((person, text) for person in people.audience(None, owner=True)))
