@@ -976,16 +976,25 @@ class People:
         with self.guard:
             found = []
             for user_name, *names, given in facts:
-                person = self.known.get(user_name) or next(
-                    (p for p in self.by_key.values() if [p.nickname, p.remark] == names and p not in found),
-                    Person(user_name),
+                person = (
+                    user_name
+                    and self.known.get(user_name)
+                    or next(
+                        (
+                            p
+                            for p in self.by_key.values()
+                            if [p.nickname, p.remark] == names and p not in found
+                        ),
+                        Person(user_name),
+                    )
                 )
                 found.append(person)
                 now = [person.user_name, person.nickname, person.remark, person.role]
                 if now != [user_name, *names, given]:
                     person.user_name, (person.nickname, person.remark), person.role = user_name, names, given
                     self.keep(person)
-                self.known[user_name] = person
+                if user_name:
+                    self.known[user_name] = person
             for person in self.supervisors():
                 if person not in found:
                     person.role = ''
@@ -1580,17 +1589,22 @@ class Mail:
         """Wait for an outbox from which something can be sent; return its person and it. Needs `changed`."""
         while True:
             boxes = [(p, o) for (p, kind), o in self.outboxes.items() if kind == pictures and o.letters]
+            person, outbox = min(boxes, key=lambda pair: self.due(pair[1]), default=(None, None))
             now = time.monotonic()
-            for _, each in boxes:
-                if each.reported + self.pace > now and all(x.kind == 'report' for x in each.letters):
-                    each.due, each.late = max(each.due, each.reported + self.pace), True
-            person, outbox = min(boxes, key=lambda pair: pair[1].due, default=(None, None))
-            if self.online and person is not None and outbox.due <= now:
+            if self.online and person is not None and self.due(outbox) <= now:
                 outbox.due = now  # those who wait longer come first
                 return person, outbox
             for _, each in boxes:
                 each.late |= not self.online
-            self.changed.wait(outbox.due - now if self.online and person is not None else None)
+            self.changed.wait(self.due(outbox) - now if self.online and person is not None else None)
+
+    def due(self, outbox: Outbox) -> float:
+        """Return when something may be sent from an outbox: reports alone keep the pace. Needs `changed`."""
+        paced = outbox.reported + self.pace
+        if paced <= outbox.due or any(letter.kind != 'report' for letter in outbox.letters):
+            return outbox.due
+        outbox.late |= paced > time.monotonic()
+        return paced
 
     def send(self, person: Person, letter: Letter) -> tuple:
         """Send a letter; return why it did not go, '' when it did, and the number of what comes back of it.
@@ -3049,8 +3063,9 @@ class Other:
         self.local = False  # is it a process of this machine, which ends where the line ends?
         self.heard = time.monotonic()  # when it was heard last
         self.facts = {}  # what it has told of itself then
-        self.errands = {}  # id of a message -> (Person, text, is it old?): given, not taken yet
+        self.errands = {}  # id of a message -> (Person, text): given, not taken yet
         self.person = None  # the key of who spoke to it last
+        self.room = threading.BoundedSemaphore(20)  # for what is being sent for it
 
 
 class Programs:
@@ -3130,18 +3145,19 @@ class Programs:
                 time.sleep(1)
 
     def take_over(self, state: dict) -> None:
-        """This program has the login from now on: tell of it, and wait for those that spoke through it."""
+        """This program has the login from now on: tell it, and wait for those that spoke through it.
+
+        Needs the guard.
+        """
         gone, self.name = state.get('chat', '有登录的程序'), state.get('name', self.name)
         say(f'{visible(gone)} 没有了，训练不受影响；自己登录。')
-        with self.guard:
-            self.others = {
-                name: Other(id, name) for id, name in state.get('programs', ()) if name != self.name
-            }
-            self.left[gone] = gone
-            self.set_pace()
-            if trainer.session:
-                text = f'{gone} 没有了，现在由 {self.name} 登录（主机 {socket.gethostname()}）。'
-                mail.put(*((person, text) for person in people.audience(None, owner=True)))
+        known = [(id, name) for id, name in state.get('programs', ()) if name != self.name]
+        self.others = {name: Other(id, name) for id, name in known}
+        self.left[gone] = gone
+        self.set_pace()
+        if trainer.session:
+            text = f'{gone} 没有了，现在由 {self.name} 登录（主机 {socket.gethostname()}）。'
+            mail.put(*((person, text) for person in people.audience(None, owner=True)))
 
     # -- what they say
 
@@ -3156,7 +3172,9 @@ class Programs:
                     other = self.beat(other, line, peer, **message)
                 elif do == 'send':
                     words = [message.get(name, '') for name in ('to', 'text', 'path', 'content')]
-                    how = other.name, other.local, line, message['n'], *map(str, words)
+                    if not other.room.acquire(blocking=False):
+                        raise ConnectionError('too much at once')
+                    how = other, line, message['n'], *map(str, words)
                     threading.Thread(target=self.send, args=how, daemon=True).start()
                 elif do == 'taken':
                     other.errands.pop(message['id'], None)
@@ -3225,9 +3243,7 @@ class Programs:
         about['account'] = [client.storageClass.nickName]
         return {**about, 'people': people.facts(), 'owner': memory.get('owner'), 'online': mail.online}
 
-    def send(
-        self, name: str, local: bool, line: Line, n: Any, to: str, text: str, path: str, content: str
-    ) -> None:
+    def send(self, other: Other, line: Line, n: Any, to: str, text: str, path: str, content: str) -> None:
         """Send something for another program, and tell it what has become of that: a thread for each."""
         ret, number = -1, ''
         try:
@@ -3236,11 +3252,12 @@ class Programs:
                     picture = stack.enter_context(tempfile.NamedTemporaryFile(suffix='.png'))
                     picture.write(base64.b64decode(content))
                     picture.flush()
-                if mail.online and (local or not path):
-                    answer = pass_on(name, to, text, picture.name if content else path)
+                if mail.online and (other.local or not path):
+                    answer = pass_on(other.name, to, text, picture.name if content else path)
                     ret, number = answer['BaseResponse'].get('Ret'), str(answer.get('MsgID') or '')
         except Exception as error:  # as in Mail.send()
             ret = type(error).__name__
+        other.room.release()
         line.send('sent', n=n, ret=ret, number=number)
 
     def leave(self, other: Other, why: str) -> None:
@@ -3253,7 +3270,7 @@ class Programs:
             text = f'{other.name} {why}（主机 {other.host}）。'
             say(visible(text))
             mail.put(*((person, text) for person in people.audience(other.person, owner=True)))
-            for person, words, _ in other.errands.values():
+            for person, words in other.errands.values():
                 mail.put((person, f'“{words[:20]}”：{other.name} 没有说收到。'))
             self.set_pace()
             if self.staying and not self.others:
@@ -3267,6 +3284,10 @@ class Programs:
                     if other.line:
                         other.line.cut()
                     self.leave(other, f'断开 {LOST} 秒了，连上以后接着说')
+        if self.path and not os.path.lexists(self.path):  # as at the end of a user's last session
+            with contextlib.suppress(OSError):
+                if ours := self.meet(type(itchat.instance)):
+                    ours.close()
 
     def set_pace(self) -> None:
         """Share the account's limits. Needs the guard."""
@@ -3288,13 +3309,13 @@ class Programs:
         shares, answers = {}, []
         with self.guard:
             for to, text in parts.items():
-                targets = self.targets(person, to, text)
+                targets = [self.name] if old else self.targets(person, to, text)  # it says that it is too old
                 answers += [self.ask_back(to, text)] * (not targets)
                 for name in targets:
                     shares[name] = f'{shares[name]}\n{text}' if name in shares else text
             own = shares.pop(self.name, '')
             for name, text in shares.items():
-                self.others[name].errands[number] = person, text, old
+                self.others[name].errands[number] = person, text
                 self.others[name].person = person.key
                 self.deliver(self.others[name], number)
         if self.staying and own and None not in parts:
@@ -3330,9 +3351,9 @@ class Programs:
     def deliver(self, other: Other, number: str) -> None:
         """Give another program its part of a message; without a line it waits for that. Needs the guard."""
         if other.line:
-            person, text, old = other.errands[number]
+            person, text = other.errands[number]
             other.line.send('state', **self.state(other))  # the person may be new
-            other.line.send('order', id=number, text=text, old=old, user_name=person.user_name)
+            other.line.send('order', id=number, text=text, user_name=person.user_name)
 
     def listed(self) -> str:
         """Return what there is to say of each program, in lines."""
@@ -3446,7 +3467,7 @@ class Joined(Client):
             if not self.lost and time.monotonic() - self.heard > LOST:
                 self.lost = True
                 say(f'和有登录的程序断开 {LOST} 秒了，训练不受影响；连上以后接着说。')
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), programs.guard:  # who comes then waits until it is taken over
                 ours = connect(self.path) if self.path else programs.meet(self.carrier)
                 if ours is None:
                     programs.take_over(self.state)
@@ -3475,12 +3496,13 @@ class Joined(Client):
 
     def listen(self, line: Line) -> None:
         """Do what the other one says until its end: a thread."""
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # of what is no JSON
             while (message := line.receive(most=MOST)) is not None:
                 self.heard = time.monotonic()
-                getattr(self, 'do_' + message.pop('do'))(**message)
-        except Exception:
-            print_traceback()
+                try:
+                    getattr(self, 'do_' + message.pop('do'))(**message)
+                except Exception:
+                    print_traceback()
         self.line = None  # before the answers: who sends from now on sees it
         line.cut()
         line.close()
@@ -3512,15 +3534,15 @@ class Joined(Client):
                 mail.set_online(state['online'])
         self.state = {**self.state, **state}
 
-    def do_order(self, id: str, text: str, old: bool, user_name: str) -> None:
+    def do_order(self, id: str, text: str, user_name: str) -> None:
         """A message is for this program, of somebody who may command: the other one has decided that."""
-        person, parsed, line = people.known[user_name], parse(text), self.line
+        person, parsed = people.known[user_name], parse(text)
         if trainer.ending:
             return
         if parsed and not memory.rows('SELECT 1 FROM message WHERE id = ?', id):
             self.log(f'{visible(person.name)}：{visible(text)}')
-            trainer.accept(Order(id, person, text), parsed, old)
-        line.send('taken', id=id)
+            trainer.accept(Order(id, person, text), parsed, False)
+        self.line.send('taken', id=id)
 
     def do_sent(self, n: int, ret: Any, number: str) -> None:
         """The answer to ask()."""
