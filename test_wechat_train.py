@@ -5862,7 +5862,7 @@ def test_names_and_alone(wechat, light, tmp_path):
     others = {}
     for folder, options, name in [
         ('x', ['--name', '实验'], '实验2'),
-        ('y', ['--name', ' [lr  =0.1]\n😻 '], 'lr =0.1'),
+        ('y', ['--name', ' [lr  =0.1]\n😻 '], 'lr 0.1'),
         ('z', ['--name', '停止'], '停止'),
         ('w', ['--name', 'run 1'], 'run 1'),
         ('v', ['--name', 'RUN 1'], 'RUN 1-2'),
@@ -5903,20 +5903,27 @@ class Tunnel:
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.path)
         code = textwrap.dedent(f"""
-            import os, socket, threading
+            import contextlib, os, socket, threading
             server = socket.socket(socket.AF_UNIX)
             os.chdir({os.path.dirname(self.path)!r})
             server.bind({os.path.basename(self.path)!r})
             server.listen()
             def pump(a, b):
-                while content := a.recv(65536):
-                    b.sendall(content)
-                b.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):
+                    while content := a.recv(65536):
+                        b.sendall(content)
+                for end in (a, b):
+                    with contextlib.suppress(OSError):
+                        end.shutdown(socket.SHUT_RDWR)
             while True:
                 near, _ = server.accept()
                 far = socket.socket(socket.AF_UNIX)
                 os.chdir({os.path.dirname(self.to)!r})
-                far.connect({os.path.basename(self.to)!r})
+                try:
+                    far.connect({os.path.basename(self.to)!r})
+                except OSError:  # nobody is there just now
+                    near.close()
+                    continue
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=pump, args=pair, daemon=True).start()
         """)
@@ -6022,7 +6029,7 @@ def test_a_peer_that_never_reads_holds_up_nobody(wechat, light, tmp_path):
             for _ in range(20000):
                 peer.sendall(greeting())
         wechat.wait_text('聋子 断开 10 秒了')
-    wechat.wait_text('“停止”：聋子 没有说收到')
+    wechat.wait_text('“停止”：聋子 还没有说收到')
     wechat.says('B', '乙 报告 3')
     wechat.wait_text('乙. 执行了：报告 3')
 
@@ -6107,6 +6114,56 @@ def test_two_programs_that_train_and_the_end_of_the_one_with_the_login(wechat, l
     wechat.says('B', '停止')
     wechat.wait_text(r'\A训练已停止')
     assert 'Traceback' not in first.output() + second.output()
+
+
+def test_a_socket_that_is_removed_a_last_program_and_another_account(wechat, light, tmp_path):
+    programs = join(light, wechat, '甲')
+    path = tmp_path / 'wechat_train' / 'wechat.sock'
+    path.unlink()  # a session's folder goes with the session
+    wechat.wait(lambda: wechat.ask('参数') and path.exists())
+    programs['乙'] = light('乙', wechat)
+    programs['乙'].wait_output('合用 ')
+    programs['甲'].process.send_signal(signal.SIGTERM)
+    programs['甲'].wait_output('乙 还用着这个微信')
+    programs['乙'].process.send_signal(signal.SIGINT)  # the last one that speaks through it
+    assert programs['乙'].process.wait(DEADLINE) == 130 and programs['甲'].process.wait(DEADLINE) == 143
+    wechat.wait_text('乙 结束了')
+    assert not path.exists()
+    with contextlib.closing(sqlite3.connect(tmp_path / '乙' / '.wechat_train.db')) as db:
+        db.execute("""UPDATE setting SET value = '["Z"]' WHERE name = 'account'""")
+        db.commit()
+    light('甲', wechat).wait_output('已登录')
+    wechat.phone = 'lies on the table'
+    other = light('乙', wechat)
+    other.wait_output('请用微信扫码')
+    assert '这个文件夹以前用的是另一个微信账号' in other.output()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=3),
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from(['停止', 'lr x0.5', '报告 3', 'TI 5'])), min_size=1
+    ),
+    st.sampled_from(['', '@', '“']),
+    st.sampled_from([' ', '\u2005', '：', ', ', '  ']),
+)
+def test_whatever_a_program_is_called_its_name_is_understood(names, said, before, between):
+    names = list(dict.fromkeys(map(utils.tidy, names)))
+    lower = [name.casefold() for name in names]
+    said = [(names[i % len(names)], command) for i, command in said[:6]]
+    prefixes = any(a != b and a.startswith(b) for a in lower for b in lower)
+    for name in names:
+        assert name and len(name.encode()) <= 40 and utils.tidy(name) == name
+    text = '\n'.join(before + name + between + command for name, command in said)
+    if prefixes or len(text) > utils.LONGEST or any(utils.parse(f'{name} 停止') for name in names):
+        return
+    parts = {}
+    for name, command in said:
+        parts.setdefault(name, []).append(command)
+    parsed, found = utils.share_out(text, names)
+    assert {name: lines.split('\n') for name, lines in found.items()} == parts
+    assert len(parsed.commands) == len(said) and not parsed.almost
 
 
 # ----------------------------------------------------------------------------------- the command line

@@ -1260,14 +1260,15 @@ def share_out(text: str, names: Iterable) -> tuple:
     """
     if not names:
         return parse(text), {'': text}
-    spelled = {name.lower(): name for name in (ALL, *names)}
-    pattern = '|'.join(re.escape(name) for name in sorted(spelled, key=len, reverse=True))
+    names = sorted({ALL, *names}, key=len, reverse=True)
+    pattern = '|'.join(map(re.escape, names))
     named = re.compile(rf'@?\s*({pattern})["\'”’」』]?(?:[\s:,、]+(.*)|$)', re.I)
     pairs, to, parts = [], '', {}
     for line in lines_of(text, named):
         said, found = understand(line), named.fullmatch(line)
         if found and not (said and said.word) and (not found[2] or understand(found[2])):
-            to, line = spelled[found[1].lower()], found[2]
+            to = next(name for name in names if re.fullmatch(re.escape(name), found[1], re.I))
+            line = found[2]
             said = line and understand(line)
         if line:
             pairs.append((None if said and said.word in ('programs', 'allow') else to, line))
@@ -1278,9 +1279,13 @@ def share_out(text: str, names: Iterable) -> tuple:
 
 
 def tidy(name: str) -> str:
-    """Return a program's name in the form in which lines_of() leaves it in a message, 40 bytes at most."""
-    name = ' '.join((' '.join(lines_of(name[:100].replace('\n', ' '))) or '程序').split())
-    return name.encode()[:40].decode('utf-8', 'ignore').strip()
+    """Return a program's name, 40 bytes at most, as it can be written in a message: letters, digits, '_.-'.
+
+    >>> tidy(' [实验] run#1 😻')
+    '实验 run 1'
+    """
+    name = re.sub(r'[^\w.-]+', ' ', unicodedata.normalize('NFKC', name)).strip(' .-')
+    return name.encode('utf-8', 'ignore')[:40].decode('utf-8', 'ignore').strip(' .-') or '程序'
 
 
 def lines_of(text: str, named: Optional[re.Pattern] = None) -> list:
@@ -3057,8 +3062,8 @@ def peer_of(ours: socket.socket) -> int:
 class Other:
     """A program that speaks through this one's login. Changed by Programs alone, with its guard."""
 
-    def __init__(self, id: str, name: str):
-        self.id, self.name, self.host = id, name, '?'
+    def __init__(self, id: str, name: str, host: str):
+        self.id, self.name, self.host = id, name, host
         self.line, self.turn = None, 0  # the connection, while there is one; the number that it gives it
         self.local = False  # is it a process of this machine, which ends where the line ends?
         self.heard = time.monotonic()  # when it was heard last
@@ -3151,10 +3156,10 @@ class Programs:
         """
         gone, self.name = state.get('chat', '有登录的程序'), state.get('name', self.name)
         say(f'{visible(gone)} 没有了，训练不受影响；自己登录。')
-        known = [(id, name) for id, name in state.get('programs', ()) if name != self.name]
-        self.others = {name: Other(id, name) for id, name in known}
+        known = state.get('programs', ())
+        self.others = {name: Other(id, name, host) for id, name, host in known if name != self.name}
         self.left[gone] = gone
-        self.set_pace()
+        self.note_change()
         if trainer.session:
             text = f'{gone} 没有了，现在由 {self.name} 登录（主机 {socket.gethostname()}）。'
             mail.put(*((person, text) for person in people.audience(None, owner=True)))
@@ -3199,7 +3204,7 @@ class Programs:
             new = other is None
             if new:
                 other = self.admit(str(id), int(turn), how['name'], visible(how['host'])[:40])
-                other.line, other.host = line, visible(how['host'])[:40]
+                other.line = line
                 other.local = how['host'] == socket.gethostname() and peer == how['pid']
             elif other.line is not line or line.waiting.qsize() > 1000:
                 raise ConnectionError('replaced, or it does not read')
@@ -3220,17 +3225,17 @@ class Programs:
                 other.turn = turn
                 return other
         name = tidy(name)
-        taken = {taken.lower() for taken in (self.name, *self.others, ALL)}
+        taken = {taken.casefold() for taken in (self.name, *self.others, ALL)}
         names = (f'{name}{"-" * name[-1].isdigit()}{i}' for i in itertools.count(2))
-        name = next(each for each in itertools.chain([name], names) if each.lower() not in taken)
-        other = self.others[name] = Other(id, name)
+        name = next(each for each in itertools.chain([name], names) if each.casefold() not in taken)
+        other = self.others[name] = Other(id, name, host)
         other.turn = turn
         back = self.left.pop(id, None)
         text = f'{name}（主机 {host}）{"又连上了" if back else "也用这个微信了"}。'
         say(visible(text))
         if back:
             mail.put(*((person, text) for person in people.audience(None, owner=True)))
-        self.set_pace()
+        self.note_change()
         return other
 
     def state(self, other: Other) -> dict:
@@ -3239,7 +3244,7 @@ class Programs:
         if not getattr(client, 'logins', 0):
             return {**about, 'account': None}
         about['session'] = client.hotReloadDir if other.local and client.useHotReload else ''
-        about['programs'] = [(each.id, each.name) for each in self.others.values()]
+        about['programs'] = [(each.id, each.name, each.host) for each in self.others.values()]
         about['account'] = [client.storageClass.nickName]
         return {**about, 'people': people.facts(), 'owner': memory.get('owner'), 'online': mail.online}
 
@@ -3271,8 +3276,8 @@ class Programs:
             say(visible(text))
             mail.put(*((person, text) for person in people.audience(other.person, owner=True)))
             for person, words in other.errands.values():
-                mail.put((person, f'“{words[:20]}”：{other.name} 没有说收到。'))
-            self.set_pace()
+                mail.put((person, f'“{words[:20]}”：{other.name} 还没有说收到。'))
+            self.note_change()
             if self.staying and not self.others:
                 trainer.do_signal(self.staying)
 
@@ -3289,9 +3294,12 @@ class Programs:
                 if ours := self.meet(type(itchat.instance)):
                     ours.close()
 
-    def set_pace(self) -> None:
-        """Share the account's limits. Needs the guard."""
+    def note_change(self) -> None:
+        """Share the account's limits among those that are there, and tell them who is. Needs the guard."""
         mail.pace = Mail.PACE * (len(self.others) + 1) if self.others else 0
+        for other in self.others.values():
+            if other.line:
+                other.line.send('state', **self.state(other))
 
     # -- what the chat says
 
