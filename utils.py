@@ -142,6 +142,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import email.utils
 import enum
 import fcntl
@@ -172,11 +173,13 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
+import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
 import requests
 import segno
+import urllib3
 from tqdm import tqdm
 
 os.environ.pop('ITCHAT_UOS_ASYNC', None)  # its asynchronous half is another program
@@ -249,14 +252,29 @@ def as_json(value: Any) -> Any:
     return list(value) if isinstance(value, (set, tuple)) else str(value)
 
 
-class Phase(enum.IntEnum):
-    """What the training process is doing."""
+# The phases of a run. Run.enter() alone changes them; what is not drawn cannot happen.
+#
+#   WAITING  -- 开始, 继续 -->  LOADING
+#   LOADING  -- lock_start(), a pass that trains, chat_inf() -->  TRAINING
+#   TRAINING -- the end of that pass, another pass, evaluate_accuracy() -->  TESTING
+#   TESTING  -- chat_inf(), lock_start(), a pass that trains -->  TRAINING
+#   LOADING, TRAINING, TESTING -- save_checkpoint() -->  SAVING -- its end -->  the one before
+#   LOADING to SAVING -- 停止, 早停, lock_end(), an exception -->  ENDING, with its reason
+#   ENDING (早停) -- 停止 -->  ENDING (停止);  ENDING -- an exception -->  ENDING (NaN, 出错)
+#   ENDING   -- nn_train has returned and the end is told -->  OVER
 
-    WAITING = 0  # for 开始
-    PREPARING = 1  # data, network
-    TRAINING = 2  # within a pass over the training data
-    BETWEEN = 3  # testing, saving, or not using progress()
-    ENDING = 4  # after 停止
+
+class Phase(enum.IntEnum):
+    """What a run is doing."""
+
+    WAITING, LOADING, TRAINING, TESTING, SAVING, ENDING, OVER = range(7)
+
+
+class Ending(enum.Enum):
+    """Why a run has ended."""
+
+    DONE, STOPPED, EARLY = '完成', '停止', '早停'
+    NAN, ERROR, BROKEN = 'NaN', '出错', '中断'
 
 
 class Place:
@@ -621,6 +639,7 @@ class Memory:
                 say(f'{self.NAME} 写不了（{error}）：这次的事，程序重新启动就会忘记。')
                 with contextlib.suppress(sqlite3.Error), contextlib.closing(self.read_only()) as file:
                     file.backup(self.db)
+                    self.complete(self.db)
 
     def use_file(self) -> None:
         """Go on in the file, with all that was in memory. Raises OSError, sqlite3.Error."""
@@ -639,8 +658,14 @@ class Memory:
         wal = 'journal_mode = WAL', 'synchronous = NORMAL', 'wal_autocheckpoint = 0'
         for pragma in (*wal, 'temp_store = MEMORY'):  # the last: TMPDIR may have no room
             db.execute('PRAGMA ' + pragma).fetchall()
-        db.executescript(self.TABLES)
+        self.complete(db)
         return db
+
+    def complete(self, db: sqlite3.Connection) -> None:
+        """Make the tables that are not there, and the column that a file of an earlier version lacks."""
+        db.executescript(self.TABLES)
+        with contextlib.suppress(sqlite3.OperationalError):  # it is there
+            db.execute('ALTER TABLE letter ADD COLUMN until REAL')  # when it is no longer worth sending
 
     def read_only(self) -> sqlite3.Connection:
         """Return a connection that only reads the file; without its log where the disk is full."""
@@ -958,7 +983,7 @@ class People:
         """Let a friend command, at the owner's word; return the answer."""
         friends = itchat.instance.get_friends()[1:]
         with self.guard:
-            person = self.find(friends, name)
+            person = self.find(names_of(friends), as_shown(name, friends))
             if person is None:  # or no name was said
                 return f'没有一个好友叫“{name}”，或者不止一个：请写备注名，例如 允许 小波。'
             person.role, person.refused = person.role or 'allowed', False
@@ -1029,7 +1054,7 @@ class People:
             self.forget()
         memory.write(set_setting('account', account))
         friends = itchat.instance.get_friends()[1:]  # the first is the account itself
-        current = {friend['UserName'] for friend in friends}
+        current, names = {friend['UserName'] for friend in friends}, names_of(friends)
         with self.guard:
             persons = dict.fromkeys([*self.by_key.values(), *self.known.values()])
             self.known = {'filehelper': OWNER}
@@ -1038,13 +1063,13 @@ class People:
                     self.known[person.user_name] = person
                 elif person is not OWNER:
                     person.user_name = None
-                    self.find(friends, person.name, person)
+                    self.find(names, person.name, person)
             for friend in friends:
                 if friend['UserName'] in self.known:
                     self.meet(friend)
             for name in options.supervisor:
                 if not any(person.called == name for person in self.by_key.values()):
-                    person = self.find(friends, name)  # once: from then on it is the person, whatever
+                    person = self.find(names, name)  # once: from then on it is the person, whatever
                     if person:  # others are called
                         person.role, person.called = 'named', name
                         self.keep(person)
@@ -1053,13 +1078,12 @@ class People:
                     person.role = 'named'
                 self.keep(person)
 
-    def find(self, friends: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
+    def find(self, names: list, name: str, person: Optional[Person] = None) -> Optional[Person]:
         """Return the one friend called `name`, as `person` if given, or say why not. Needs the guard.
 
-        The owner's remarks count before the nicknames, which their bearers choose; who is known is looked for
-        by both, then by the one that the owner sees.
+        `names` are names_of() all friends. The owner's remarks count before the nicknames, which their
+        bearers choose; who is known is looked for by both, then by the one that the owner sees.
         """
-        names = [(canonical(f.get('RemarkName')), canonical(f.get('NickName')), f) for f in friends]
         name, old = canonical(name), person and (canonical(person.remark), canonical(person.nickname))
         if not name:
             return None
@@ -1077,28 +1101,41 @@ class People:
         return None
 
 
+def names_of(friends: Iterable) -> list:
+    """Return (remark, nickname, friend) of friends, in the form in which names are compared."""
+    return [(canonical(f.get('RemarkName')), canonical(f.get('NickName')), f) for f in friends]
+
+
 def canonical(name: Optional[str]) -> str:
     """Return a name in the form in which names are compared: WeChat writes some characters in several ways.
 
     >>> canonical('A&amp;B\\xa0 ') == canonical('Ａ&B'), canonical('猫<span class="emoji emoji1f63b"></span>')
     (True, '猫😍')
     """
-    name = re.sub(r'<span class="emoji emoji([0-9a-f]+)"></span>', emoji, name or '')
-    name = unicodedata.normalize('NFKC', html.unescape(name)).translate(CATS)
+    name = unicodedata.normalize('NFKC', html.unescape(with_emoji(name or ''))).translate(CATS)
     name = ''.join(c for c in name if c == '\u200d' or unicodedata.category(c) not in ('Cf', 'Mn', 'Me'))
     return ' '.join(name.split())
 
 
 CATS = str.maketrans(
     '😼😹😺💫🙍😻😽🙎😿', '😁😂😃😖😔😍😘😡😢'
-)  # itchat takes WeChat's numbers of them for these
+)  # WeChat has the numbers of the former for the latter
 
 
-def emoji(found: re.Match) -> str:
-    """Return the emoji that WeChat has written as an element: of one code point or two, in hexadecimal."""
-    code = found[1]
-    codes = [code[:5], code[5:]] if len(code) == 10 else [code[:2], code[2:]] if len(code) == 6 else [code]
-    return ''.join(chr(int(part, 16)) for part in codes)
+def with_emoji(text: str) -> str:
+    """Return a text in which the elements that WeChat writes for emoji are emoji.
+
+    itchat reads those of one or two code points, and raises at others.
+
+    >>> with_emoji('<span class="emoji emoji3120e3"></span><span class="emoji emoji2764fe0f"></span>')
+    '1⃣❤️'
+    """
+    code = r'[0-9a-f]{2}(?=20e3)|1[0-9a-f]{4}|[0-9a-f]{4}'
+    return re.sub(
+        r'<span class="emoji emoji([0-9a-f]+)"></span>?',
+        lambda found: ''.join(chr(int(part, 16)) for part in re.findall(code, found[1])).translate(CATS),
+        text,
+    )
 
 
 # ------------------------------------------------------------------------------------ what can be said
@@ -1186,8 +1223,8 @@ DASHES = re.compile(r'(?m)^[^\S\n]*(?:[-–—─][^\S\n]*){3,}$')  # between wh
 MENTION = re.compile(r'\A\s*[@＠](?:[^\u2005\n]*\u2005|\S+\s)')  # WeChat puts U+2005 behind the name
 ENDS = '.!?~,;:"\'。、⋯〜·•・–—―─′'  # beside brackets, quotation marks and emoji, which have categories
 PLAIN = str.maketrans(
-    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓‐‑‒–—―−⁄×÷',
-    '开继续状态线线错图记记录参数报静帮学习轮启启-------/x/',
+    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓訓練暫終進結復‐‑‒–—―−⁄×÷',
+    '开继续状态线线错图记记录参数报静帮学习轮启启训练暂终进结复-------/x/',
 )
 
 BETWEEN = r'[\s=:,;、。]'
@@ -1198,7 +1235,16 @@ PAIR = re.compile(  # 学习率 lr = 0.1, lr0.1, lr x 0.5
 )
 COMMA = re.compile(r'((?:lr|learning_rate|学习率)[\s=:]*[x*/]?\s*\d+),(\d+)(?![\d.])')  # lr 0,1
 BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?![a-z_])(.*)')
-NUMBER_LIKE = re.compile(r'[x*/+.-]*\d[!-~]*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+')
+NEARLY = {  # how else people say a command: it is answered, not obeyed
+    'start': '(?:开始|启动|重新|重新开始)训练[吧了]?|starttraining',
+    'stop': '停|停下|停下来|暂停|中止|终止|(?:停止?|暂停|中止|终止|结束)训练[吧了]?|stoptraining|pause',
+    'resume': '(?:继续|恢复|接着)训练[吧了]?|resumetraining',
+    'restart': '重启(?:训练|程序|进程)[吧了]?',
+    'status': '(?:状态|进度)(?:怎么样|怎样|如何)了?|进度',
+}
+NUMBER_LIKE = re.compile(
+    r'→|->|[x*/+.-]*\d(?:[!-~]|[^\w\s])*|[+-]?(?:nan|inf|infinity)|[零半一二两三四五六七八九十百千]+'
+)
 
 
 class Said(NamedTuple):
@@ -1232,18 +1278,19 @@ class Parsed(NamedTuple):
 
 
 def parse(text: str) -> Parsed:
-    """Read a message, line by line; a line of small talk makes all of it small talk.
+    """Read a message, line by line; a line of small talk makes all of it small talk, but for values.
 
     >>> [(said.word, said.number, said.values) for said in parse('“ＬＲ：０。１，ti 5”\\n報告 3！').commands]
     [('set', None, [('learning_rate', '0.1'), ('training_iters', '5')]), ('report', 3, [])]
     >>> parse('开始\\n报告 x\\n停止').almost, parse('开始\\n吃饭')
     ('报告 x', Parsed(commands=[], almost=''))
     """
-    heard = [understand(line) for line in lines_of(text)]
-    if None in heard:
+    lines = lines_of(text)
+    heard = [understand(line) for line in lines]
+    if None in heard and not any(said and said.word == 'set' for said in heard):
         return Parsed([], '')
-    commands = list(itertools.takewhile(lambda said: said.word, heard))
-    return Parsed(commands, next((said.text for said in heard if not said.word), ''))
+    commands = list(itertools.takewhile(lambda said: said and said.word, heard))
+    return Parsed(commands, ''.join(lines[len(commands) :][:1]))
 
 
 ALL = '全部'  # the name that stands for all programs
@@ -1298,7 +1345,7 @@ def lines_of(text: str, named: Optional[re.Pattern] = None) -> list:
     """
     if len(text) > QUOTING:
         return []
-    text = text.replace('<br/>', '\n')
+    text = '\n'.join(text.replace('<br/>', '\n').splitlines())  # also U+2028, which phones paste
     if '「' in text:
         text = DASHES.split(text)[-1]  # the last: what is quoted may quote
     if len(text) > LONGEST:
@@ -1311,6 +1358,7 @@ def lines_of(text: str, named: Optional[re.Pattern] = None) -> list:
     name = rf'(?!{named.pattern})' if named else ''
     # A number belongs to the line above.
     text = re.sub(rf'(?i)\n[\s=:,;、]*{name}(?=[x*/×÷+−-]?[.。]?\d)', ' ', text)
+    text = re.sub(r'(?<=[^\W_])\s*(?:\[[^]\[\s\d]{1,10}\])+(?=\n|\Z)', '', text)  # [强]: WeChat's own emoji
     lines = [line for line in map(strip_ends, text.split('\n')) if line]
     return lines if len(lines) <= MOST_LINES else []
 
@@ -1332,18 +1380,15 @@ def decorates(c: str) -> bool:
 
 def understand(line: str) -> Optional[Said]:
     """Return the command in a line; without a word when it is almost one, None when it is small talk."""
-    key = re.sub(r'。(?=\d)', '.', line.lower().translate(PLAIN))
-    key = COMMA.sub(r'\1.\2', key)
+    key = key_of(line)
     values = read_pairs(key)
     if values:
         return Said('set', None, values, line)
-    named = re.fullmatch(r'(?:允许|允許|allow)\s+(\S.{,40})', line)
+    named = re.fullmatch(r'(?:允许|允許|allow(?=[\s:]))[\s:]*(\S.{,40})', line)
     if named:
         return Said('allow', None, [named[1]], line)
     found = BEGINNING.fullmatch(key)
-    if not found:
-        return None
-    spelling, rest = found.groups()
+    spelling, rest = found.groups() if found else ('', '')
     if spelling in WORDS:
         word, command = WORDS[spelling], COMMANDS[WORDS[spelling]]
         number = re.fullmatch(r'[\s=:]*(\d{1,6})', rest)
@@ -1351,7 +1396,43 @@ def understand(line: str) -> Optional[Said]:
             return Said(word, int(number[1]), [], line)
         if not rest and (not command.number or command.optional):
             return Said(word, None, [], line)
-    return Said('', None, [], line) if is_attempt(spelling, rest) else None
+    almost = meant_by(key) or is_several(key) or found and is_attempt(spelling, rest)
+    return Said('', None, [], line) if almost else None
+
+
+def key_of(line: str) -> str:
+    """Return a line as it is compared."""
+    return COMMA.sub(r'\1.\2', re.sub(r'。(?=\d)', '.', line.lower().translate(PLAIN)))
+
+
+def meant_by(key: str) -> str:
+    """Return the command that a line says in other words, or ''."""
+    return next((word for word, ways in NEARLY.items() if re.fullmatch(ways, key.replace(' ', ''))), '')
+
+
+def is_several(key: str) -> bool:
+    """Return whether a line is nothing but commands, with values or in Chinese: lines that became one.
+
+    >>> is_several('lr 0.1 开始'), is_several('开始，停止'), is_several('stop help'), is_several('开始 吃饭')
+    (True, True, False, False)
+    """
+    key = re.sub(r'(?<=\d)(?=[^\x00-\x7f])|(?<=[^\x00-\x7f])(?=[a-z])', ' ', key)
+    parts = [part for part in re.split(f'(?:{BETWEEN}|，)+', key) if part]
+    words, others = [part for part in parts if part in WORDS], [part for part in parts if part not in WORDS]
+    numbers = words[1:] and not parts[0].isascii() and all(map(NUMBER_LIKE.fullmatch, others))
+    return bool(words and (numbers or read_pairs(' '.join(others))))
+
+
+def as_shown(name: str, friends: Iterable) -> str:
+    """Return the name that a friend is shown by, if there is one that reads as `name` behind 允许.
+
+    Of the name's own emoji, brackets and full stops a command would lose those at its end.
+    """
+    for friend in friends:
+        shown = friend.get('RemarkName') or friend.get('NickName') or ''
+        if [said.values for said in parse(f'允许 {shown}').commands] == [[name]]:
+            return shown
+    return name
 
 
 def explain(line: str) -> str:
@@ -1360,9 +1441,16 @@ def explain(line: str) -> str:
     >>> explain('报告')
     '“报告”没看懂，没有执行：“报告”后面要有一个数，例如 报告 5。'
     """
-    spelling = BEGINNING.fullmatch(line.lower().translate(PLAIN))[1]
-    how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1] if spelling in NAMES else ''
-    if not how:
+    key, how = key_of(line), ''
+    if meant := meant_by(key):
+        how = f'要{COMMANDS[meant].chinese}就只发“{COMMANDS[meant].chinese}”'
+    elif is_several(key):
+        how = '一行只写一个命令，例如第一行 lr 0.1，第二行 开始'
+    elif (spelling := (BEGINNING.fullmatch(key) or [''] * 2)[1]) in NAMES:
+        how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1]
+    elif spelling not in WORDS:  # beside values
+        how = '一行写一个命令，“帮助”列出全部命令'
+    else:
         command = COMMANDS[WORDS[spelling]]
         example = f'一个数，例如 {command.chinese}{command.number}'
         if command.number and not command.optional:
@@ -1400,13 +1488,18 @@ def is_attempt(spelling: str, rest: str) -> bool:
     >>> is_attempt('stop', ' it'), is_attempt('开始', '吃饭')
     (False, False)
     """
-    rest = re.sub(r'(?<=\d)\s*[轮次张个]$', '', rest)
+    rest = re.sub(r'(?<=\d)\s*[轮次张个]$|^\s*(?:[改调设降升换变减][成为到至]|为|→|->)(?=\s*[\d.])', '', rest)
     parts = [part for part in re.split(f'{BETWEEN}+', rest) if part]
     names = NAMES if spelling in NAMES else ()
     numbers = all(NUMBER_LIKE.fullmatch(part) or part in names for part in parts)
     lone = len(parts) == 1 and parts[0].isascii() and not rest.startswith(parts[0])
     lone = lone and (spelling not in IN_PHRASES or '=' in rest)
     return len(rest) <= 12 and (numbers or lone)
+
+
+def manner_text(report_every: int, patience: int) -> str:
+    """Return what was said of reports and of the end, as it is written, where it is not what is usual."""
+    return '\n'.join([f'报告 {report_every}'] * (report_every != 1) + [f'早停 {patience}'] * (patience != 0))
 
 
 def values_text(lr: float, ti: int, bs: int) -> str:
@@ -1417,16 +1510,23 @@ def values_text(lr: float, ti: int, bs: int) -> str:
 # ------------------------------------------------------------------------------------- outgoing mail
 
 
+LASTS = {  # seconds in which a letter of a kind is worth sending; all others are for ever
+    'notice': 600,  # how things stand: later only the last one is sent, and says from when it is
+    'picture': 3600,  # later a line of text that says where it lies
+}
+
+
 class Letter(NamedTuple):
-    """What is to be sent to somebody: a text, the report after an epoch, or the path of a picture.
+    """What is to be sent to somebody: a text, the report after an epoch, a notice, the path of a picture.
 
     Of reports that have had to wait, `test_acc` says which is the best.
     """
 
     content: str
-    kind: str = 'text'  # 'report', 'picture'
+    kind: str = 'text'  # 'report', 'notice', 'picture'
     test_acc: float = 0.0
     key: int = 0  # in the memory
+    until: float = math.inf  # when it is no longer worth sending, by time.time(): see LASTS
 
     def pieces(self, longest: int) -> list:
         """Return letters of at most so many bytes that say the same, cut at line ends, and numbered.
@@ -1448,9 +1548,16 @@ class Letter(NamedTuple):
         parts = [part for part in parts if part]
         return [self._replace(content=f'（{i}/{len(parts)}）\n{x}') for i, x in enumerate(parts, 1)]
 
+    def is_stale(self) -> bool:
+        """Return whether it is no longer worth sending as it is."""
+        return self.until < time.time()
+
     def text(self) -> str:
         """Return what can be sent, or written down, in any case."""
-        return f'图片没有传上去，在 {shown(self.content)}' if self.kind == 'picture' else self.content
+        if self.kind == 'picture':
+            return f'图片没有传上去，在 {shown(self.content)}'
+        when = f'{local_time(self.until - LASTS[self.kind])}：' if self.is_stale() else ''
+        return when + self.content
 
 
 class Outbox:
@@ -1483,9 +1590,11 @@ class Mail:
 
     def begin(self) -> None:
         """Take up what an earlier program has not sent, and begin to send."""
-        for key, person, kind, content, test_acc in memory.rows('SELECT * FROM letter ORDER BY key'):
+        for person, *letter, until in memory.rows(
+            'SELECT person, content, kind, test_acc, key, until FROM letter ORDER BY key'
+        ):
             person = people.by_key.get(person, OWNER)
-            self.add(person, Letter(content, kind, test_acc, key)).late = True
+            self.add(person, Letter(*letter, until or math.inf)).late = True
         for pictures in (False, True):
             threading.Thread(target=self.deliver, args=(pictures,), name='mail', daemon=True).start()
 
@@ -1493,10 +1602,13 @@ class Mail:
         """Queue (person, letter or text) pairs; return their keys at once. What else is to be remembered of
         what has happened, statements for the memory, is so together with them or not at all."""
         pairs = [(person, x if isinstance(x, Letter) else Letter(x)) for person, x in pairs]
+        pairs = [(person, x) for person, x in pairs if x.content.strip()]  # WeChat takes no empty text
         pairs = [(person, piece) for person, x in pairs for piece in x.pieces(self.LONGEST)]
+        now = time.time()
+        pairs = [(p, x._replace(until=now + LASTS[x.kind]) if x.kind in LASTS else x) for p, x in pairs]
         with self.changed:
-            sql = 'INSERT INTO letter (person, kind, content, test_acc) VALUES (?, ?, ?, ?)'
-            rows = [(sql, person.key, x.kind, printable(x.content), x.test_acc) for person, x in pairs]
+            sql = 'INSERT INTO letter (person, kind, content, test_acc, until) VALUES (?, ?, ?, ?, ?)'
+            rows = [(sql, p.key, x.kind, printable(x.content), x.test_acc, x.until) for p, x in pairs]
             keys = memory.write(*rows, *also)
             for key, (person, letter) in zip(keys, pairs):
                 self.add(person, letter._replace(key=key))
@@ -1548,6 +1660,9 @@ class Mail:
         while True:
             with self.changed:
                 person, outbox = self.next_outbox(pictures)
+                if pictures and outbox.letters[0].is_stale():
+                    self.describe_picture(person, outbox)
+                    continue
                 letter, count = self.next_letter(outbox)
                 keys = [each.key for each in itertools.islice(outbox.letters, count)]
             problem, number = self.send(person, letter)
@@ -1626,10 +1741,12 @@ class Mail:
         return problem, number if person is OWNER else ''
 
     def describe_picture(self, person: Person, outbox: Outbox) -> None:
-        """Put a text in the place of a picture that does not go. Needs `changed`."""
-        letter = outbox.letters[0]
-        self.put((person, letter.text()))
+        """Put a text in the place of a picture that does not go, once in a row. Needs `changed`."""
+        letter, texts = outbox.letters[0], self.outboxes.get((person, False), Outbox())
+        if not texts.letters or texts.letters[-1].content != letter.text():
+            self.put((person, letter.text()))
         self.remove(outbox, [letter.key])
+        self.changed.notify_all()
 
     def give_up(self, person: Person, outbox: Outbox, key: int, problem: str) -> None:
         """Write a text down that was refused five times over ten minutes, if a note of that is not refused:
@@ -1651,29 +1768,32 @@ class Mail:
         if outbox.late and outbox.letters[0].kind != 'picture' and outbox.tries < 3:
             text, count = self.merge(outbox.letters)
             return Letter(text), count
-        return outbox.letters[0], 1
+        letter = outbox.letters[0]
+        return letter if letter.kind == 'picture' else letter._replace(content=letter.text()), 1
 
     def merge(self, letters: Iterable) -> tuple:
         """Return one text for the texts at the head of `letters`, and how many they are.
 
-        When there are more reports than a screenful, the first, the best and the last are in it.
+        When there are more reports than a screenful, the first, the best and the last are in it; of notices
+        that are too old, the last.
         """
         texts = list(itertools.takewhile(lambda letter: letter.kind != 'picture', letters))
         reports = [letter for letter in texts if letter.kind == 'report']
+        stale = [letter.key for letter in texts if letter.is_stale()][:-1]
         kept = reports
         if len(reports) > self.SCREENFUL:
             kept = [reports[0], max(reports, key=lambda report: report.test_acc), reports[-1]]
         merged, left_out, count = [], 0, 0
-        for letter in texts:
+        for number, letter in enumerate(texts, 1):
             if letter.kind == 'report' and not any(letter is other for other in kept):
                 left_out += 1
-            else:
+            elif letter.key not in stale:
                 note = [f'（略去 {left_out} 份报告，都在 log.csv 里）'] if left_out else []
-                if merged and sum(size(x) + 2 for x in (*merged, *note, letter.content)) > self.LONGEST:
+                content = letter.text()
+                if merged and sum(size(x) + 2 for x in (*merged, *note, content)) > self.LONGEST:
                     break
-                merged, left_out = [*merged, *note, letter.content], 0
-            count += 1
-        return '\n\n'.join(merged), count - left_out
+                merged, left_out, count = [*merged, *note, content], 0, number
+        return '\n\n'.join(merged), count
 
 
 PASSING = [f'Ret {code}' for code in (-1, 1205, 1100, 1101, 1102)]  # not the message's own fault
@@ -1969,6 +2089,15 @@ class Adapter(requests.adapters.HTTPAdapter):
         super().__init__()
         self.client = client
 
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, **kwargs)
+        limit_headers(self.poolmanager)
+
+    def proxy_manager_for(self, proxy, **kwargs):
+        known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        return manager if known else limit_headers(manager)
+
     def send(self, request, stream=False, timeout=None, **kwargs):
         name = urllib.parse.urlsplit(request.url).path.rsplit('/', 1)[-1]
         self.client.change_request(name, request)
@@ -1987,6 +2116,40 @@ class Adapter(requests.adapters.HTTPAdapter):
             raise requests.HTTPError(f'{response.status_code} for {name}', response=response)
         self.client.note_answer(response)
         return response
+
+
+def limit_headers(manager: Any) -> Any:
+    """Let a manager of urllib3's make connections that give the headers of an answer a time; return it.
+
+    The time-out of a socket begins anew with every byte. See read_body(), too.
+    """
+
+    def limited(pool):
+        class Connection(pool.ConnectionCls):
+            def getresponse(self):
+                sock, cut = getattr(self.sock, 'socket', self.sock), threading.Event()
+
+                def end():
+                    cut.set()
+                    with contextlib.suppress(OSError):
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+                timer = threading.Timer(options.timeout[1] + 1, end)
+                timer.daemon = True
+                timer.start()
+                try:
+                    answer = super().getresponse()
+                    if cut.is_set():  # headers that were cut off look like headers that end
+                        raise urllib3.exceptions.ProtocolError
+                    return answer
+                finally:
+                    timer.cancel()
+
+        return type('Pool', (pool,), {'ConnectionCls': Connection})
+
+    classes = manager.pool_classes_by_scheme
+    manager.pool_classes_by_scheme = {scheme: limited(pool) for scheme, pool in classes.items()}
+    return manager
 
 
 def causes(error: Optional[BaseException]) -> Iterator:
@@ -2071,7 +2234,7 @@ def listed(answer: dict, name: str) -> list:
 
 
 def moment(value: Any) -> int:
-    """Return a time that the server has written, as a number or as its digits; 0 for anything else."""
+    """Return a number that the server has written, a time say, or its digits; 0 for anything else."""
     return int(value) if re.fullmatch(r'\d{1,10}', str(value)) else 0
 
 
@@ -2177,6 +2340,7 @@ class WeChat(itchat.Core, Client):
     hint = '把“帮助”发给“文件传输助手”，或让好友发给它'
     refusal = '微信没有让这个账号登录网页版：很多账号不开放。请加上 --filehelper 登录，什么账号都可以。'
     unreachable = '连不上微信（{}）{}。没有网络可用 --console 在终端里控制，或用 --demo 试用。'
+    most_pages = 200  # of the contacts: who has thousands of friends gets a few
     domains = '.qq.com', '.wechat.com'  # where a login may lead
     busy = '微信说请求太频繁，请过几分钟再试，或用 --console 在终端里控制。'
 
@@ -2374,11 +2538,7 @@ class WeChat(itchat.Core, Client):
     def show_qr(self, uuid: str, status: str, qrcode: bytes) -> None:
         """Show the state of the login: itchat calls it with the QR code (a PNG) and at every poll."""
         if status == '0':
-            drawing = io.StringIO()
-            segno.make('https://login.weixin.qq.com/l/' + uuid, error='l').terminal(drawing, compact=True)
-            # White on black whatever the terminal's colours are: phones do not read an inverted code.
-            row = '\033[97;40m%s\033[0m' if sys.stdout.isatty() else '%s'
-            print_line('\n'.join(row % line for line in drawing.getvalue().splitlines()))
+            print_line(draw_code('https://login.weixin.qq.com/l/' + uuid))
             picture = itchat.config.DEFAULT_QR
             try:
                 with open(picture, 'wb', opener=functools.partial(os.open, mode=0o600)) as f:
@@ -2426,8 +2586,7 @@ class WeChat(itchat.Core, Client):
         refused = (answer.get('BaseResponse') or {}).get('Ret')
         if refused or not user['UserName'] or not self.move_on(answer):
             raise Refused
-        user['NickName'] = user['NickName'] or ''
-        itchat.utils.emoji_formatter(user, 'NickName')
+        user['NickName'] = html.unescape(with_emoji(user['NickName'] or ''))
         count = moment(answer.get('InviteStartCount'))
         self.loginInfo.update(User=templates.wrap_user_dict(user), InviteStartCount=count)
         self.memberList.append(self.loginInfo['User'])
@@ -2446,13 +2605,13 @@ class WeChat(itchat.Core, Client):
         if not update:
             return super().get_contact()
         url, seq, pause, known = self.loginInfo['url'] + '/webwxgetcontact', 0, 1, set()
-        while True:
+        for _ in range(self.most_pages):
             try:
                 query = {'r': int(time.time()), 'seq': seq, 'skey': self.loginInfo['skey']}
                 answer = read(self.ask(url, params=query))
                 if answer['BaseResponse']['Ret'] != 0:
                     raise requests.RequestException('refused')
-                names, seq = self.note_contacts(answer['MemberList']), answer.get('Seq')
+                names, seq = self.note_contacts(answer['MemberList'] or ()), answer.get('Seq')
                 if not seq or names <= known:
                     return []
                 known |= names
@@ -2462,6 +2621,8 @@ class WeChat(itchat.Core, Client):
                 say('好友名单没有取到，再试。')
                 time.sleep(options.retry * pause)
                 pause *= 2
+        say(f'好友名单没有完：读了 {len(known)} 个就不再读了。')
+        return []
 
     def note_contacts(self, contacts: list) -> set:
         """Note new or changed entries of the contacts, and return whose; groups are of no interest.
@@ -2482,10 +2643,9 @@ class WeChat(itchat.Core, Client):
 
     def note_contact(self, friend: dict, known: dict) -> dict:
         """Note an entry of the contacts; `known` are those by UserName. Needs itchat's lock."""
-        friend = {'VerifyFlag': 0, **friend}
+        friend = {**friend, 'VerifyFlag': moment(friend.get('VerifyFlag'))}
         for name in ('NickName', 'RemarkName', 'DisplayName'):
-            friend[name] = friend.get(name) or ''
-            itchat.utils.emoji_formatter(friend, name)
+            friend[name] = html.unescape(with_emoji(friend.get(name) or ''))
         if friend['UserName'] in known:
             itchat.utils.update_info_dict(known[friend['UserName']], friend)
         else:
@@ -2708,7 +2868,7 @@ class WeChat(itchat.Core, Client):
         chats = msg['FromUserName'] + msg['ToUserName']
         if '@@' in chats or msg['MsgType'] == 51:  # 51: opened on the phone
             return
-        [msg] = produce_msg(self, [msg])
+        [msg] = produce_msg(self, [{**msg, 'Content': with_emoji(msg.get('Content') or '')}])
         if not self.is_own(msg):
             trainer.take(msg)
 
@@ -2767,6 +2927,23 @@ class WeChat(itchat.Core, Client):
         """Note the time in an answer, which some servers tell."""
         with contextlib.suppress(KeyError, TypeError, ValueError):
             self.note_time(int(email.utils.parsedate_to_datetime(response.headers['Date']).timestamp()))
+
+
+def draw_code(content: str) -> str:
+    """Return a QR code for the terminal; in ASCII, twice as large, where the encoding may lack blocks.
+
+    It is white on black whatever the terminal's colours are: phones do not read an inverted code.
+    """
+    code, colours = segno.make(content, error='l'), sys.stdout.isatty()
+    if sys.stdout.encoding.lower() not in ('utf-8', 'utf8'):
+        white, black = ('\033[47m  \033[0m', '\033[40m  \033[0m') if colours else ('##', '  ')
+        return '\n'.join(
+            ''.join(black if dark else white for dark in row) for row in code.matrix_iter(border=4)
+        )
+    drawing = io.StringIO()
+    code.terminal(drawing, compact=True)
+    row = '\033[97;40m%s\033[0m' if colours else '%s'
+    return '\n'.join(row % line for line in drawing.getvalue().splitlines())
 
 
 def set_damaged_session_aside(path: str) -> None:
@@ -3373,7 +3550,7 @@ class Programs:
             if unheard > 3:
                 line += f'，{duration(unheard)}没有回音'
             elif facts.get('silent'):
-                line += f'，上一批在 {duration(facts["silent"] + unheard)}前'
+                line += f'，最近的动静在 {duration(facts["silent"] + unheard)}前'
             lines.append(line)
         return '\n'.join(lines)
 
@@ -3604,9 +3781,13 @@ class Order(NamedTuple):
     path: str = ''  # to go on from this checkpoint, without an answer if that works
 
     def words(self) -> dict:
-        """Return what the training process is told."""
+        """Return what the training process is told, with what the memory knows of the runs asked for."""
         parsed = parse(self.text)
-        commands = [said._asdict() for said in parsed.commands]
+        known = {'runs': runs_text, 'plot': lambda: folder_of_run(parsed.commands[0].number)}
+        commands = [
+            {**said._asdict(), 'known': known[said.word]() if said.word in known else ''}
+            for said in parsed.commands
+        ]
         who = {'person': self.person.key, 'name': self.person.name}
         return {'id': self.id, **who, 'commands': commands, 'almost': parsed.almost, 'path': self.path}
 
@@ -3654,11 +3835,8 @@ class Trainer:
 
     def begin(self) -> None:
         """Remember the last run and what was not answered: of an earlier program in this folder."""
-        for number, person, begun, ended, ending, facts in memory.rows(
-            'SELECT * FROM run ORDER BY number DESC LIMIT 1'
-        ):
-            about = {'number': number, 'person': person, 'begun': begun, 'ended': ended, 'ending': ending}
-            self.run = {**json.loads(facts), **about}
+        look_for_runs()
+        self.run = {**self.run, **next(iter(known_runs(1)), {})}
         self.gone = memory.get('alive')
         memory.write(set_setting('alive', time.time()))
         sql = 'SELECT id, person, text, written FROM message WHERE waiting ORDER BY rowid'
@@ -3764,7 +3942,7 @@ class Trainer:
         lines += self.what_follows(again, resumes, cannot_start)
         statements = self.refuse_orders(cannot_start)
         if going and not resumes:
-            self.run.update(ending='中断', ended=time.time())
+            self.run.update(ending=Ending.BROKEN.value, ended=time.time())
             statements.append(self.run_row())
         text = '\n'.join(lines)
         audience = people.audience(self.run.get('person') if going else None, owner=True)
@@ -3949,6 +4127,10 @@ class Trainer:
             return programs.listed()
         if said.word == 'status' and self.state is not State.READY:
             return self.status_without_it()
+        if said.word == 'runs':
+            return runs_text()
+        if said.word == 'plot' and said.number and not folder_of_run(said.number):
+            return f'记录里只有 {len(listed_runs())} 次训练。'
         if self.state is State.GONE and said.word in ('params', 'help'):
             return self.values() if said.word == 'params' else HELP
         return ''
@@ -4003,17 +4185,19 @@ class Trainer:
         return '\n'.join([*lines, self.values(), f'主机 {socket.gethostname()}'])
 
     def facts(self) -> dict:
-        """Return what 程序 tells of this program: what it runs, how far, for how long no batch was done."""
+        """Return what 程序 tells of this program: what it runs, how far, how long nothing was done."""
         at, last = place.read(), self.run.get('how_far')
         states = {State.STARTING: '训练的进程正在启动', State.GONE: '训练的进程没有在运行'}
         idle = '空闲' + f'，上次{last}' * bool(last)
-        far = states.get(self.state) or (so_far(at) if at['phase'] else idle)
-        silent = time.monotonic() - at['last_step'] if at['phase'] == Phase.TRAINING else 0
+        going = Phase.LOADING <= at['phase'] <= Phase.ENDING
+        far = states.get(self.state) or (so_far(at) if going else idle)
+        silent = time.monotonic() - at['last_step'] if going else 0
         return {'what': os.path.basename(SCRIPT or FOLDER), 'far': far, 'silent': silent}
 
     def values(self) -> str:
         """Return the three values for the next run, in words."""
-        return values_text(*{**self.told.get('values', {}), **memory.get('values', {})}.values())
+        values = values_text(*{**self.told.get('values', {}), **memory.get('values', {})}.values())
+        return f'{values}\n{manner_text(memory.get("report_every", 1), memory.get("patience", 0))}'.strip()
 
     # -- what the training process says
 
@@ -4039,7 +4223,8 @@ class Trainer:
         """Tell it that there is a session, and what it has to know."""
         names = 'values', 'chosen', 'report_every', 'patience'
         settings = {name: value for name in names if (value := memory.get(name)) is not None}
-        self.line.send('logged_in', settings=settings, last=self.run.get('number', 0))
+        folders = [(run['number'], run['folder']) for run in known_runs() if run.get('folder')]
+        self.line.send('logged_in', settings=settings, last=self.run.get('number', 0), folders=folders)
 
     def do_run(self, commands: bool, handlers: dict, values: dict, offer: str) -> None:
         """It calls run(): it is ready for commands and messages; what an earlier one left is to be done."""
@@ -4064,7 +4249,7 @@ class Trainer:
             when = [local_time(moment, form) for moment in (gone or now, now)]
             text = f'程序又启动了：从 {when[0]} 到 {when[1]} 它不在，那时的训练中断了'
             text += f'（主机 {socket.gethostname()}）。\n' + (offer or '没有检查点，发“开始”从头训练。')
-            self.run.update(ending='中断', ended=gone or now)
+            self.run.update(ending=Ending.BROKEN.value, ended=gone or now)
             audience = people.audience(self.run['person'], owner=True)
             mail.put(*((person, text) for person in audience), also=[self.run_row()])
 
@@ -4103,8 +4288,7 @@ class Trainer:
 
     def run_row(self) -> tuple:
         """Return the statement that remembers what is known of the last run. Needs the guard."""
-        row = [self.run.get(name) for name in ('number', 'person', 'begun', 'ended', 'ending')]
-        return 'INSERT OR REPLACE INTO run VALUES (?, ?, ?, ?, ?, ?)', *row, json.dumps(self.run)
+        return run_row(self.run)
 
     def do_call(self, n: int, name: str, args: list, kwargs: dict) -> None:
         """It calls a function of itchat's."""
@@ -4148,8 +4332,8 @@ class Trainer:
 
     # -- what is told without being asked
 
-    def tell(self, text: str, key: Optional[int]) -> None:
-        """Send a text to the one who started the run and to the supervisors."""
+    def tell(self, text: Any, key: Optional[int]) -> None:
+        """Send a text or a Letter to the one who started the run and to the supervisors."""
         mail.put(*((person, text) for person in people.audience(key)))
 
     def watch(self) -> None:
@@ -4164,7 +4348,7 @@ class Trainer:
             with self.guard:
                 text = self.news() if self.state is State.READY else ''
                 if text:
-                    self.tell(text, self.run.get('person'))
+                    self.tell(Letter(text, 'notice'), self.run.get('person'))
                 self.tell_unanswered()
 
     def tell_unanswered(self) -> None:
@@ -4174,7 +4358,7 @@ class Trainer:
                 order = self.orders[number]
                 text = f'训练的进程 {self.PATIENCE} 秒没有回答“{order.text.strip()[:20]}”；'
                 text += '它要是卡住了，发“重启”。'
-                mail.put((order.person, text))
+                mail.put((order.person, Letter(text, 'notice')))
                 self.sent[number] = math.inf
                 self.guard.notify_all()
 
@@ -4186,14 +4370,143 @@ class Trainer:
         if self.silent and silence < 10 * usual + 1:
             self.silent = False
             return f'又接着算了：{so_far(at)}'
-        if self.silent or at['phase'] != Phase.TRAINING or silence <= max(options.silence, 10 * usual):
+        going = Phase.LOADING <= at['phase'] <= Phase.ENDING
+        if self.silent or not going or silence <= max(options.silence, 10 * usual):
             return ''
         self.silent = True
         where = place_in_words(at['epochs'], at['batch'] + 1, at['batches'], '')
-        return f'已经 {duration(silence)}没有算完一批，停在{where}（主机 {socket.gethostname()}）'
+        what = STANDING.get(at['phase'], f'没有算完一批，停在{where}')
+        return f'已经 {duration(silence)}{what}（主机 {socket.gethostname()}）'
 
 
+STANDING = {  # what a run that stands still does, where that is no batch
+    Phase.LOADING: '还没有准备好数据和网络',
+    Phase.TESTING: '没有动静，停在测试',
+    Phase.SAVING: '没有动静，停在存检查点',
+    Phase.ENDING: '没有动静，停在收尾',
+}
 SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs'}  # what changes nothing
+
+
+def known_runs(most: int = 1000) -> list:
+    """Return what is known of the last runs, the last one first: their facts, number, person, ending."""
+    columns = 'number', 'person', 'begun', 'ended', 'ending'
+    rows = memory.rows(f'SELECT {", ".join(columns)}, facts FROM run ORDER BY number DESC LIMIT {most}')
+    return [{**json.loads(facts), **dict(zip(columns, row))} for *row, facts in rows]
+
+
+def run_row(run: dict) -> tuple:
+    """Return the statement that remembers what is known of a run."""
+    row = [run.get(name) for name in ('number', 'person', 'begun', 'ended', 'ending')]
+    return 'INSERT OR REPLACE INTO run VALUES (?, ?, ?, ?, ?, ?)', *row, json.dumps(run)
+
+
+def listed_runs() -> list:
+    """Return what is known of the runs that have come to something, the last one first."""
+    return [run for run in known_runs() if run.get('folder')]
+
+
+def folder_of_run(place: Optional[int]) -> str:
+    """Return the folder of the run at a place, from 1, in 记录's list; '' when there is none."""
+    runs = listed_runs()
+    return runs[place - 1]['folder'] if place and place <= len(runs) else ''
+
+
+def runs_text() -> str:
+    """Return a line for each of the last eight runs; of those on the same data the best one is marked."""
+    runs = listed_runs()[:8]
+    lines, best = [], {}
+    for place, run in enumerate(runs, 1):
+        ended = run['ending'] or '训练中'
+        first, (last, _, bs) = run.get('first_rate'), run.get('values') or (None, None, None)
+        rates = [f'{rate:g}' for rate in dict.fromkeys((first, last)) if rate is not None]
+        values = [f'lr {"→".join(rates)}'] * bool(rates) + [f'bs {bs}'] * bool(bs)
+        epoch, value = run.get('best') or (0, None)
+        demo = '演示数据，' * (run.get('data') == 'demo')
+        number = '' if value is None else f'，{value:.3f}'
+        when = local_time(run['begun'])
+        lines.append(f'{place}. {when} {" ".join(values)}，{demo}{run.get("epochs", 0)} 轮{number}，{ended}')
+        by, lower = run.get('best_by') or ('test_acc', False)
+        if value is not None:
+            best.setdefault((demo, by, lower), []).append((-value if lower else value, -place))
+    if not lines:
+        return '还没有训练过。'
+    for of_its_kind in best.values():
+        lines[-max(of_its_kind)[1] - 1] += ' ★'
+    last = min(2, len(lines))
+    return '\n'.join([*lines, f'“曲线 {last}”画第 {last} 次的。'])
+
+
+def look_for_runs() -> None:
+    """List the runs in runs/ that the memory does not know: of an earlier version, or brought from elsewhere.
+
+    A run is known by when it was begun, a folder by its name: a copy of one that is there is none.
+    """
+    known = {run['begun']: run for run in known_runs()}
+    names = {
+        os.path.basename(run['folder']) for run in known.values() if 'epochs' in run and run.get('folder')
+    }
+    found = []
+    for folder in sorted(glob.glob(os.path.join(glob.escape(RUNS), '*', ''))):
+        run = {} if os.path.basename(folder[:-1]) in names else facts_in(folder[:-1])
+        if run:
+            found.append(run)
+    found.sort(key=lambda run: (run['number'], run['copied'], run['folder']))
+    old = min([run['number'] for run in known.values()], default=1) - sum(not run['number'] for run in found)
+    for run in found:
+        before = known.get(run['begun'])
+        if before and (run.pop('copied') or os.path.isdir(before.get('folder') or '')) and 'epochs' in before:
+            continue
+        numbers = {run['number'] for run in known.values()}
+        if before:
+            run = {**run, **before, 'folder': run['folder'], 'checkpoint': run['checkpoint']}
+        elif not run['number']:  # of an earlier version: before all others
+            run['number'], old = old, old + 1
+        elif run['number'] in numbers:
+            run['number'] = max(numbers) + 1
+        known[run['begun']] = run
+        memory.write(run_row(run))
+
+
+def facts_in(folder: str) -> dict:
+    """Return what the files in a run's folder tell of it; {} when they tell nothing."""
+    state, rows, name = {}, [], os.path.basename(folder)
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with zipfile.ZipFile(os.path.join(folder, 'last.zip')) as checkpoint:
+            state = json.loads(checkpoint.read('run.json'))
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open(os.path.join(folder, 'log.csv'), encoding='utf-8') as f,
+    ):
+        rows = [row for row in csv.DictReader(f) if row['epoch'].isdecimal()]
+    if not state and not rows:
+        return {}
+    moment = re.match(r'\d{8}-\d{6}', name)
+    with contextlib.suppress(ValueError):
+        moment = moment and time.mktime(time.strptime(moment[0], '%Y%m%d-%H%M%S'))
+    by, lower = state.get('best_by') or ('test_acc', False)
+    measured = [(float(row[by]), int(row['epoch'])) for row in rows if row.get(by)]
+    best = (min if lower else max)(measured, key=lambda pair: pair[0], default=None)
+    rates = [float(row['learning_rate']) for row in rows]
+    lr, ti, bs = state.get('params') or (None, None, None)
+    path = os.path.join(folder, 'last.zip')
+    whole = state and state.get('epochs', 0) >= ti and not state['batch']
+    return {
+        'number': state.get('run', 0),
+        'begun': state.get('begun') or moment or os.path.getmtime(folder),
+        'copied': state.get('folder', name) != name,
+        'ending': (Ending.DONE if whole else Ending.BROKEN).value,
+        'folder': folder,
+        'checkpoint': path if state else None,
+        'data': state.get('data'),
+        'best_by': (by, lower),
+        'best': best and best[::-1],
+        'epochs': len(rows),
+        'first_rate': rates[0] if rates else lr,
+        'values': (rates[-1] if rates else lr, ti, bs),
+        'how_far': f'完成 {len(rows)} 轮',
+        'kept': f'完成 {state.get("epochs", 0)} 轮',
+    }
 
 
 def commands_of(text: str) -> list:
@@ -4270,7 +4583,8 @@ class Countdown:
 
     def start(self, person: Optional[int]) -> None:
         """Announce the command and let it run when nobody says 取消."""
-        trainer.tell(f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。', person)
+        text = f'{options.then_delay:g} 秒后执行：{options.then}\n不要执行就发“取消”。'
+        trainer.tell(Letter(text, 'notice'), person)
         with self.guard:
             self.cancelled = threading.Event()
             arguments = self.cancelled, person
@@ -4367,7 +4681,6 @@ if TALKS:
 # ------------------------------------------------------------------------------------- before MXNet
 
 import atexit
-import csv
 import ctypes
 import faulthandler
 import gc
@@ -4375,8 +4688,6 @@ import gzip
 import importlib.util
 import inspect
 import statistics
-import weakref
-import zipfile
 import zlib
 
 import numpy as np
@@ -4476,7 +4787,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     make_streams_safe()
     parser = make_parser()
     parser.parse_args(argv, namespace=options)
-    if not all(name.strip() for name in options.supervisor):
+    if not all(map(canonical, options.supervisor)):
         parser.error('--supervisor：名字是空的')
     if options.name is not None and (not options.name.strip() or tidy(options.name) == ALL):
         parser.error(f'--name：不能是空的，也不能叫“{ALL}”')
@@ -4582,7 +4893,7 @@ class Batches:
         return math.ceil(len(self.labels) / self.batch_size)
 
     def __iter__(self) -> Iterator:
-        return progress(self) if self.training else self.read()
+        return progress(self, train=True) if self.training else self.read()
 
     def read(self, epoch: Optional[int] = None, start: int = 0) -> Iterator:
         """Yield the batches of an epoch (default: the next) from number `start` on, which counts from 0."""
@@ -4721,7 +5032,8 @@ def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
     With --workers, in a loop over the training data: this process's part of it.
     """
     label = label.asnumpy()
-    return np.count_nonzero(output.asnumpy().argmax(axis=1) == label) / (team.images or len(label))
+    right = np.count_nonzero(output.asnumpy().argmax(axis=1) == label)
+    return Share(right / (team.images or len(label)), right, len(label))
 
 
 def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Context] = None) -> float:
@@ -4731,7 +5043,7 @@ def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Contex
     if isinstance(data_iterator, Batches):  # the training data, too: this is no pass that trains
         data_iterator = data_iterator.read(max(data_iterator.epoch, 1))
     even_out(net)
-    for batch in data_iterator:
+    for batch in run.seen(data_iterator):
         mistakes.shapes.add(batch[0].shape[1:])
         batch = team.part(batch, trains=False)
         if batch is None:  # fewer images than --workers
@@ -5296,7 +5608,7 @@ class Team(mx.kvstore.KVStoreBase):
 
     def follow(self, nn_train: Callable) -> None:
         """Train along with the one that leads whenever it begins, until its end."""
-        global run, running
+        global run
         if role != 'follows':  # on another machine
             itchat.instance.auto_login()
             itchat.instance.get_ready()
@@ -5317,12 +5629,12 @@ class Team(mx.kvstore.KVStoreBase):
             _, self.agreed, seed, batch_size, name, length = said
             content = self.share(bytes(length))
             with lock:
-                run = Run(Caller(None, name), nn_train)
-                run.busy = running = True
+                run = Run(Caller(None, name))
                 if content:
                     run.resume('', read_checkpoint(content))
                     run.checkpoint = content
                 run.seed, run.batch_size = seed, batch_size
+                run.enter(Phase.LOADING)
             train(nn_train, run)
 
     # -- deaths
@@ -5457,7 +5769,8 @@ NEEDED = 'store', 'total', 'accuracy', 'batch_loss'  # what a function must call
 
 def objection_to(nn_train: Callable) -> str:
     """Return why several processes cannot train `nn_train`; '' when they can."""
-    missing = [f'utils.{name}' for name in NEEDED if not calls(nn_train, name)]
+    names = getattr(getattr(nn_train, '__code__', None), 'co_names', ())
+    missing = [f'utils.{name}' for name in NEEDED if name not in names]
     if team.size == 1 or not missing:
         return ''
     return f'这个训练函数只能用一个进程：{team.size} 个一起，它要调用 {"、".join(missing)}（见 README）。'
@@ -5477,7 +5790,7 @@ def connected_to(port: int) -> list:
 # `lock` guards the variables from here to `run`, and everything in a Run: the listening thread changes them
 # when a person says so, the training thread reads them between batches. Hold it for a moment only.
 lock = threading.Lock()
-running = False  # may the training go on? True from 开始 until 停止, the end or a crash
+running = False  # may the training go on? Changed by Run.enter() alone
 batch_size = 256  # images
 learning_rate = 0.5
 training_iters = 2  # epochs
@@ -5487,7 +5800,7 @@ def lock_start() -> bool:
     """Return True while the run may go on: from 开始 until 停止. A training loop asks before an epoch."""
     team.meet()
     with lock:
-        run.start_clock()
+        run.begin_epoch()
         return run.now()[0]
 
 
@@ -5498,7 +5811,7 @@ def params() -> tuple:
     ti as the new end.
     """
     with lock:
-        run.live = True
+        run.take_values()
         return (*run.now()[1:], run.batch_size)
 
 
@@ -5517,46 +5830,46 @@ def total(n: int) -> int:
     return team.images or n
 
 
-def progress(train_data: Iterable) -> Iterator:
-    """Yield what `train_data` yields, with a progress bar on the terminal, nothing more after 停止.
+def progress(data: Iterable, train: Optional[bool] = None) -> Iterator:
+    """Yield what `data` yields, with a progress bar on the terminal.
 
-    For the data that the run trains with (the first that it gives to progress()) the batches are counted, and
-    in a resumed epoch those done before are left out. load_data_fashion_mnist's train_data does this itself.
+    In a pass that trains the batches are counted, nothing more comes after 停止, and in a resumed epoch those
+    done before are left out. A pass trains when `train` says so. When it says nothing, the first pass of an
+    epoch does, unless no Trainer takes a step in it; without any Trainer, it does. A loop over the train_data
+    of load_data_fashion_mnist trains; evaluate_accuracy() does not.
     """
-    total = len(train_data) if hasattr(train_data, '__len__') else 0
+    size = len(data) if hasattr(data, '__len__') else 0
     with lock:
-        counted = run.busy and run.trains_with(train_data)
-        epoch, done = run.start_epoch(total) if counted else (None, 0)
-    if counted and team.size > 1:
-        labels = train_data.labels.tobytes() if isinstance(train_data, Batches) else b''
-        compare('训练数据', [total, done, labels])
-    if isinstance(train_data, Batches):
-        batches = train_data.read(epoch, done)
+        walk = run.begin_pass(size, train)
+    if walk.trains and team.size > 1:
+        labels = data.labels.tobytes() if isinstance(data, Batches) else b''
+        compare('训练数据', [size, walk.first, labels])
+    if isinstance(data, Batches):
+        batches = data.read(walk.epoch if walk.trains else None, walk.first)
     else:
-        batches = itertools.islice(train_data, done, None)
-    name = f'第 {epoch} 轮' if epoch else None
+        batches = itertools.islice(data, walk.first, None)
+    name = f'第 {walk.epoch} 轮' if walk.trains else None
     how = itchat.instance.bar() if team.leads else {'disable': True}
-    with tqdm(batches, name, total or None, initial=done, unit='批', leave=False, **how) as bar:
-        for batch in waiting_for_first(bar, '第一批正在算') if counted and run.passes == 1 else bar:
-            began = time.perf_counter()
-            try:
-                yield team.part(batch) if counted else batch
-            finally:  # also in a loop that ends in the middle
-                if counted:
-                    team.images = None
-            if not counted:
-                continue
-            if 1 < run.batch + 1 < total:  # the first one compiles, the last one may be smaller
-                threads.count(time.perf_counter() - began)
-            team.end_batch()
-            with lock:
-                run.count_batch()
-                if not run.now()[0]:
+    whole = False
+    try:
+        with tqdm(batches, name, size or None, initial=walk.first, unit='批', leave=False, **how) as bar:
+            for batch in waiting_for_first(bar, '第一批正在算') if walk.trains and not run.steps else bar:
+                began = time.perf_counter()
+                images = batch_size_of(batch) or 0
+                yield team.part(batch) if walk.trains else batch
+                if walk.trains:
+                    if 1 < walk.done + 1 < size:  # the first one compiles, the last one may be smaller
+                        threads.count(time.perf_counter() - began)
+                    team.end_batch()
+                with lock:
+                    run.count_batch(walk, images)
+                if walk.state is Walk.CUT:
                     return
-    if counted:
+        whole = True
+    finally:  # also when the loop is left in the middle
+        team.images = None if walk.trains else team.images
         with lock:
-            run.in_epoch, run.batches = False, run.batch
-            run.note_place()
+            run.end_pass(walk, whole)
 
 
 def waiting_for_first(batches: Iterable, what: str) -> Iterator:
@@ -5567,24 +5880,34 @@ def waiting_for_first(batches: Iterable, what: str) -> Iterator:
     yield from batches
 
 
+def batch_size_of(batch: Any) -> Optional[int]:
+    """Return how many examples a batch holds: the length of the first array in it; None when nobody knows."""
+    while isinstance(batch, (list, tuple)) and len(batch):
+        batch = batch[0]
+    return batch.shape[0] if getattr(batch, 'shape', ()) else None
+
+
 def batch_loss(loss: nd.NDArray) -> float:
     """Return the mean of the losses of a batch (N,), and keep it for 状态 and 曲线.
 
-    With --workers, return this process's part of it. Raises FloatingPointError when it is NaN or infinite:
-    nothing good can come of that run.
+    A sum of such means knows how many examples each had, see class Share. With --workers, return this
+    process's part of it. Raises FloatingPointError when it is NaN or infinite: nothing good can come of
+    that run.
     """
+    numbers = loss.asnumpy()
+    count = numbers.shape[0] if numbers.ndim else 1
     if team.images:  # progress() adds up the parts
-        team.loss = float(loss.asnumpy().sum()) / team.images
-        return team.loss
-    value = float(loss.asnumpy().mean())
+        team.loss = float(numbers.sum()) / team.images
+        return Share(team.loss, float(numbers.sum()), count)
+    value = float(numbers.mean())
     keep_loss(value)
-    return value
+    return Share(value, value * count, count)
 
 
 def keep_loss(value: float) -> None:
     """Keep the loss of a batch. Raises FloatingPointError when it is not finite."""
     with lock:
-        run.losses.add(run.epochs + (run.batch + 1) / max(run.batches, run.batch + 1), value)
+        run.keep_loss(value)
     check_finite(value)
 
 
@@ -5595,7 +5918,18 @@ class NotFinite(FloatingPointError):
 def check_finite(loss: float) -> None:
     """Raise FloatingPointError when `loss` is NaN or infinite."""
     if not math.isfinite(loss):
+        with lock:
+            run.bad_batch = run.walk.done + 1 if run.walk and run.walk.state is Walk.GOING else 0
         raise NotFinite(f'损失成了 {loss}')
+
+
+def best_by(name: str, lower: bool = False) -> None:
+    """Let one of the run's numbers decide which epoch is the best: test_acc, loss, or one of chat_inf()'s.
+
+    `lower`: the smaller the better. 最好, 早停, 回退 and ★ go by it. To be called once, before the loop.
+    """
+    with lock:
+        run.history.decide_by(name, lower)
 
 
 def chat_inf(
@@ -5603,33 +5937,36 @@ def chat_inf(
     epoch: int,
     train_loss: Any,
     train_acc: Any,
-    train_data: Any,
-    test_acc: Any,
+    train_data: Any = None,
+    test_acc: Any = None,
     **numbers: float,
 ) -> None:
     """Send the report after an epoch, which counts from 1, to who started the run and the supervisors.
 
-    `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len(); numbers or
-    NDArrays of one element. After an epoch that 停止 cut short nothing is reported. Your own `numbers`, like
-    f1=0.83, stand in the report, in log.csv and in the curve.
-    Raises FloatingPointError when the loss is not finite.
+    `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len(), or progress() has
+    counted them; numbers or NDArrays of one element. `train_acc` and `test_acc` may be None: not measured.
+    After an epoch that 停止 cut short nothing is reported. Your own `numbers`, like f1=0.83, stand in the
+    report, in log.csv and in the curve.
+    Raises FloatingPointError when the loss is not finite, TypeError when nobody knows of how many batches.
     """
-    global running
-    loss, train_acc = team.meet(float(train_loss), float(train_acc))
-    loss, train_acc = loss / len(train_data), train_acc / len(train_data)
-    numbers = {name: float(value) for name, value in numbers.items()}
+    sums = team.meet(*parts_of(train_loss), *parts_of(train_acc))
     with lock:
         if run.is_cut_short():
             return
-        run.in_epoch = False
-    check_finite(loss)
+        batches = run.batches_reported(train_data)
+    loss = mean_of(*sums[:3], batches) if train_loss is not None else None
+    accuracy = mean_of(*sums[3:], batches) if train_acc is not None else None
+    test_acc = None if test_acc is None else float(test_acc)
+    numbers = {name: float(value) for name, value in numbers.items()}
+    if loss is not None:
+        check_finite(loss)
     with lock:
-        report = run.finish_epoch(epoch, loss, train_acc, float(test_acc), numbers)
-        run.tell(*[report] * run.is_due(), how_far=run.how_far())
+        report = run.finish_epoch(epoch, loss, accuracy, test_acc, numbers)
+        run.tell(*[report] * run.is_due(), **run.facts())
         if run.has_no_patience_left():
-            running, run.early = False, settings.patience
-        rows, extra = run.history[:], [dict(numbers) for numbers in run.numbers]
-    run.write('log.csv', '日志', lambda path: write_log(path, rows, extra))
+            run.patience = settings.patience
+            run.enter(Phase.ENDING, Ending.EARLY)
+    run.write_log()
 
 
 def load_checkpoint(net: Any, trainer: Any) -> tuple:
@@ -5662,28 +5999,33 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
     full disk) is told, and the training goes on: the checkpoint before stays whole.
     Raises FloatingPointError, and keeps the checkpoint before, when a parameter is not finite.
     """
-    with lock:
-        here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
-        state = run.state(*here)
-        losses = np.array(run.losses.points)
-        is_best = not state['batch'] and run.best() is not None and run.best() is run.history[-1]
-    if team.size > 1:
-        add_sums(state)
-    even_out(net)
-    if not state['epochs'] and not state['batch']:
-        return here  # nothing has been learned yet
-    for name, parameter in net.collect_params().items():
-        if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
-            raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
-    if is_best:
-        run.write('best.params', '最好的网络', net.save_parameters)
-    path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, net, trainer, state, losses))
-    if path and is_best:
-        run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
-    if path:
+    with run.during(Phase.SAVING):
         with lock:
-            run.checkpoint = path
-            run.tell(checkpoint=path, kept=run.how_far())
+            here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
+            run.finish_unreported(epoch)
+            state, log = run.state(*here), run.history.csv()
+            losses = np.array(run.losses.points)
+            row = run.history.row_of(epoch) if not state['batch'] else None
+            is_best = row is not None and row is run.history.best
+            state['row'] = row and row.number
+        if team.size > 1:
+            add_sums(state)
+        even_out(net)
+        if not state['epochs'] and not state['batch']:
+            return here  # nothing has been learned yet
+        for name, parameter in net.collect_params().items():
+            if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
+                raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
+        if is_best:
+            run.write('best.params', '最好的网络', net.save_parameters)
+        kept = net, trainer, state, losses, log
+        path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, *kept))
+        if path and is_best:
+            run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
+        if path:
+            with lock:
+                run.checkpoint = path
+                run.tell(checkpoint=path, kept=run.how_far())
     return here
 
 
@@ -5692,11 +6034,8 @@ def lock_end(wechat_name: str) -> None:
 
     Then the one who started the run and the supervisors are told; see train().
     """
-    global running
     with lock:
-        if not run.ended:
-            run.ended, run.stopped = True, not running and not run.early
-        running = False
+        run.enter(Phase.ENDING, Ending.DONE)
 
 
 def chat_send(text: str) -> None:
@@ -5705,24 +6044,66 @@ def chat_send(text: str) -> None:
         run.tell(text)
 
 
+class Share(float):
+    """A mean over a batch, or the sum of several, that knows how many examples it is of.
+
+    As a number it is what a tutorial's `train_acc += accuracy(...)` adds up; a last batch of one image then
+    weighs as much as one of 256. `total` / `count` is the mean over the examples, by which chat_inf() goes.
+    """
+
+    def __new__(cls, value: float, total: float, count: float):
+        share = super().__new__(cls, value)
+        share.total, share.count = total, count
+        return share
+
+    def __add__(self, other):
+        if isinstance(other, Share):
+            return Share(float(self) + float(other), self.total + other.total, self.count + other.count)
+        added = float(self) + other
+        return (
+            Share(added, self.total, self.count) if isinstance(other, (int, float)) and not other else added
+        )
+
+    __radd__ = __add__
+
+    def __reduce__(self):
+        return Share, (float(self), self.total, self.count)
+
+
+def parts_of(value: Any) -> tuple:
+    """Return what all processes can add up of a sum: itself, and the total and the count of a Share."""
+    if value is None:
+        return 0.0, 0.0, 0.0
+    return float(value), getattr(value, 'total', 0.0), getattr(value, 'count', 0.0)
+
+
+def mean_of(value: float, total: float, count: float, batches: Optional[int]) -> float:
+    """Return the mean of what parts_of() has taken apart: over the examples, else over the batches."""
+    if count:
+        return total / count
+    if not batches:
+        raise TypeError('不知道这一轮有几批：train_data 没有 len()，训练也没有用 utils.progress(train_data)')
+    return value / batches
+
+
 def add_sums(state: dict) -> None:
     """Put the sums of all processes into what a checkpoint holds, and each one's own."""
-    own = np.array([state['train_loss'], state['train_acc']])
+    own = np.array(state['sums'])
     rows = [row.view(float).tolist() for row in team.gather(own.view(np.uint8))]
-    state.update(zip(('train_loss', 'train_acc'), map(sum, zip(*rows))), parts=rows)
+    state.update(sums=[sum(column) for column in zip(*rows)], parts=rows)
 
 
 def own_sums(state: dict) -> tuple:
     """Return the sums of loss and accuracy with which this process goes on from a checkpoint."""
-    parts = state.get('parts', ())
+    sums, parts = state['sums'], state.get('parts', ())
     if len(parts) == team.size:
-        return tuple(parts[team.rank])
-    return (state['train_loss'], state['train_acc']) if team.leads else (0, 0)
+        sums = parts[team.rank]
+    elif not team.leads:
+        return 0, 0
+    return tuple(Share(*three) if three[2] else three[0] for three in (sums[:3], sums[3:]))
 
 
 # --------------------------------------------------------------------------------------- a run
-
-LOG = 'epoch', 'loss', 'train_acc', 'test_acc', 'learning_rate', 'seconds'  # the columns of Run.history
 
 
 class Losses:
@@ -5738,6 +6119,7 @@ class Losses:
         self.size = size  # batches in a point
         self.rest = rest  # of the next point: batches so far, the sums of both numbers
         self.last = last  # the loss of the last batch
+        self.of_epoch = len(self.points)  # where those of this epoch begin
 
     def add(self, epochs: float, loss: float) -> None:
         """Keep the loss of a batch, after which so many epochs were done."""
@@ -5751,79 +6133,322 @@ class Losses:
             pairs = zip(self.points[::2], self.points[1::2])
             self.points = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in pairs]
             self.size *= 2
+            self.of_epoch //= 2
+
+    def spread(self, epochs: int) -> None:
+        """Lay those of the epoch with which so many are done evenly: nobody has counted its batches."""
+        n = len(self.points) - self.of_epoch
+        for i in range(n):
+            self.points[self.of_epoch + i] = epochs - 1 + (i + 1) / n, self.points[self.of_epoch + i][1]
+
+
+class Row(NamedTuple):
+    """An epoch that was reported: a row of log.csv. None: not measured."""
+
+    epoch: int
+    loss: Optional[float]
+    train_acc: Optional[float]
+    test_acc: Optional[float]
+    learning_rate: float  # of the last batch
+    seconds: float
+    number: int  # of all rows of the run; the checkpoint of that epoch carries it
+    numbers: dict = {}  # a person's own, by name
+
+
+class History:
+    """The epochs of a run that were reported, as text, too, and which of them is the best.
+
+    Part of a Run, and guarded as it is. There may be a hundred thousand: nothing goes through all of them
+    at the end of an epoch, but what joins their texts.
+    """
+
+    COLUMNS = Row._fields[:-1]
+
+    def __init__(self, rows: Iterable = (), by: str = 'test_acc', lower: bool = False):
+        self.rows, self.own, self.best = [], [], None  # own: the names of a person's own numbers
+        self.lines = []  # of log.csv, one for each row
+        self.by, self.lower = by, lower  # which number decides, and is less of it better?
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Note another row."""
+        self.rows.append(row)
+        new = [name for name in row.numbers if name not in self.own]
+        if new:  # another column
+            self.own = sorted([*self.own, *new])
+            self.lines = [self.line(each) for each in self.rows]
+        else:
+            self.lines.append(self.line(row))
+        if self.score(row) > (self.score(self.best) if self.best else -math.inf):
+            self.best = row
+
+    def score(self, row: Row) -> float:
+        """Return how good an epoch was, the more the better; -inf where that was not measured."""
+        value = self.decisive(row)
+        return -math.inf if value is None or math.isnan(value) else -value if self.lower else value
+
+    def decisive(self, row: Row) -> Optional[float]:
+        """Return the number of an epoch that decides which is the best."""
+        return row.numbers.get(self.by, getattr(row, self.by, None))
+
+    def decide_by(self, by: str, lower: bool) -> None:
+        """Let another number decide."""
+        if (by, lower) != (self.by, self.lower):
+            self.__init__(self.rows, by, lower)
+
+    def next_number(self) -> int:
+        """Return the number of the next row."""
+        return self.rows[-1].number + 1 if self.rows else 1
+
+    def row_of(self, epoch: int) -> Optional[Row]:
+        """Return the last row if that is of an epoch."""
+        return self.rows[-1] if self.rows and self.rows[-1].epoch == epoch else None
+
+    def line(self, row: Row) -> str:
+        """Return a row as a line of CSV."""
+        return csv_line([*row[:-1], *(row.numbers.get(name) for name in self.own)])
+
+    def header(self) -> str:
+        """Return the line above them."""
+        return csv_line([*self.COLUMNS, *self.own])
+
+    def csv(self) -> str:
+        """Return the whole as CSV."""
+        return self.header() + ''.join(self.lines)
+
+    @classmethod
+    def read(cls, text: str) -> list:
+        """Return the rows in what csv() returned. Raises ValueError."""
+        rows = []
+        for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
+            values = {name: float(cell) if cell else None for name, cell in cells.items()}
+            fixed = [values.pop(name, None) for name in cls.COLUMNS]
+            fixed[0], fixed[-1] = int(fixed[0]), int(fixed[-1] or number)
+            rows.append(Row(*fixed, {name: value for name, value in values.items() if value is not None}))
+        return rows
+
+
+def csv_line(cells: Iterable) -> str:
+    """Return a line of CSV; None is an empty cell."""
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)
+    return line.getvalue()
+
+
+class Walk(enum.Enum):
+    """Of a pass: GOING -> DONE, when the loop has ended or was left, or CUT, by 停止 in its middle."""
+
+    GOING, DONE, CUT = range(3)
+
+
+class Pass:
+    """A pass over data, by progress(). The training thread makes it; it is guarded as the Run is."""
+
+    def __init__(self, place: tuple, size: int, said: Optional[bool], trains: bool, this_run: 'Run'):
+        self.epoch, self.first = place  # the latter: the batch that it begins with, from 0
+        self.size = size  # batches in all; 0: nobody knows
+        self.said = said  # what progress() was told: does it train?
+        self.trains = trains  # does it, as far as is known?
+        self.proven = bool(said)  # is that sure?
+        self.steps, self.before = this_run.steps, this_run.phase  # when it began
+        self.counted = self.steps  # steps that Trainers had taken by the end of the last batch
+        self.state = Walk.GOING
+        self.done = self.first  # batches of the epoch
+        self.images = 0  # in those of this pass
+
+
+class Clock:
+    """What a run takes: in all, in this epoch, for a batch, and from one training pass to the next. Seconds.
+
+    Part of a Run, and guarded as it is.
+    """
+
+    def __init__(self, before: float = 0.0, in_epoch: float = 0.0, rest: Optional[float] = None):
+        self.began = self.epoch_began = self.stepped = time.monotonic()  # the last: when a batch was done
+        self.last = self.began  # a sign of life
+        self.ended = None
+        self.before, self.epoch_before = before, in_epoch  # of the run, of the epoch, before 继续
+        self.batches, self.training = 0, 0.0  # measured, and what they took
+        self.epochs, self.in_epochs = 0, 0.0  # likewise
+        self.rest = rest  # from the end of a pass to the next one's beginning: test, checkpoint
+        self.pass_ended = None
+        self.since = self.began  # from when on what left() says counts down; None: it does not
+
+    def elapsed(self) -> float:
+        """Return for how long the run has been going on."""
+        return self.before + (self.ended or time.monotonic()) - self.began
+
+    def in_epoch(self) -> float:
+        """Return how long this epoch has taken so far."""
+        return self.epoch_before + time.monotonic() - self.epoch_began
+
+    def begin_pass(self) -> None:
+        """A pass over the training data begins; an epoch does, unless it had been cut short."""
+        now = time.monotonic()
+        if self.pass_ended is not None:
+            self.rest, self.pass_ended = now - self.pass_ended, None
+        self.epoch_began = self.last = self.since = self.stepped = now
+
+    def end_pass(self) -> None:
+        """It is over."""
+        self.pass_ended = self.last = self.since = time.monotonic()
+
+    def count_batch(self, batches: int) -> None:
+        """So many batches are done since the last time."""
+        now = time.monotonic()
+        self.batches, self.training = self.batches + batches, self.training + now - self.stepped
+        self.since = self.stepped = now
+
+    def finish_epoch(self) -> float:
+        """An epoch is done; return what it took."""
+        now, seconds = time.monotonic(), self.in_epoch()
+        self.epochs, self.in_epochs = self.epochs + 1, self.in_epochs + now - self.epoch_began
+        if self.rest is None and self.pass_ended is not None:
+            self.rest = now - self.pass_ended
+        self.epoch_began, self.epoch_before, self.last, self.since = now, 0.0, now, None
+        return seconds
+
+    def left(self, batches: int, epochs: int) -> Optional[float]:
+        """Return what so many batches, or at least so many epochs, will take; None when nobody knows."""
+        now = time.monotonic()
+        if self.batches and batches is not None:
+            batch, rest = self.training / self.batches, self.rest or 0.0
+            spent = min(now - (self.since or now), batch if self.pass_ended is None else rest)
+            return max(0.0, batch * batches + rest * epochs - spent)
+        if self.epochs:
+            epoch = self.in_epochs / self.epochs
+            return max(0.0, epoch * epochs - min(now - self.epoch_began, epoch))
+        return None
 
 
 class Run:
     """One training run: what is known of it, and what can be said about it.
 
     The training thread writes it, the listening and the drawing one read it. `lock` guards it: every method
-    needs it but for make_folder() and write(), which are called without it.
+    needs it but for make_folder(), during(), write() and write_log(), which are called without it.
     """
 
-    def __init__(self, person: 'Optional[Caller]' = None, nn_train: Optional[Callable] = None):
+    def __init__(self, person: 'Optional[Caller]' = None):
         self.person = person  # who started it
         self.number, self.data = 0, data_name()  # of all runs in this folder; what it trains with
+        self.begun = time.time()  # by which it is known, wherever its folder goes
         self.learning_rate, self.training_iters = learning_rate, training_iters
         self.batch_size, self.seed = batch_size, options.seed  # a resumed run keeps its own
-        self.live = calls(nn_train, 'params')  # does nn_train ask for new values while it trains?
-        self.busy = False  # is nn_train at work? It still is for a moment after 停止
-        self.ended = self.stopped = False  # has it called lock_end()? Had a person said 停止 by then?
+        self.phase, self.reason = Phase.WAITING, None  # the latter: an Ending
         self.error = None  # what nn_train raised
+        self.bad_batch = 0  # whose loss was not finite; 0: it was none of a batch
         self.folder = None  # its checkpoints and its log; made when there is something to keep
         self.checkpoint = None  # the file that can be resumed from
         self.resumed = None  # what read_checkpoint() returned, if the run goes on with an earlier one
         self.loaded = False  # has nn_train called load_checkpoint() for it?
         self.unwritten = set()  # what could not be written, and the person was told so
-        self.early = 0  # the patience with which it ended by itself
-        self.history = []  # a row for every epoch: see LOG
-        self.numbers = []  # beside it: what chat_inf() was given by name
+        self.logged, self.columns = 0, []  # rows in log.csv, a person's own columns there
+        self.patience = 0  # with which it ended by itself
+        self.history = History()
         self.mistakes = []  # of the last evaluation: see Mistakes
-        self.rolling_back = False  # is the next 继续 to go on from the best epoch?
+        self.rolling_back = False  # is it to go back to the best epoch when it has ended?
         self.marks = []  # pairs: epochs done, what happened there, for the curve
         self.losses = Losses()
-        self.loader = self.loader_type = None  # refers to what the run trains with: see trains_with()
+        self.live = None  # does nn_train ask for new values? None: it has not come to that yet
+        self.wanted = {}  # values that were set by then
+        self.steps, self.rate = 0, None  # that Trainers have taken; the learning rate of the last batch
         self.epochs = 0  # done
         self.batch = self.batches = 0  # done and in all in this epoch; 0 when progress() is not used
-        self.passes = 0  # begun over the training data
-        self.in_epoch = False  # is one of them going on?
-        self.began = None  # when the first epoch began: data and network were ready
-        self.epoch_began = self.last_step = (
-            0  # when this epoch, or its part after 继续, began; when it last went on
-        )
-        self.epoch_from = 0  # the batch at which it began
-        self.seconds_before, self.epochs_before = 0, 0  # what a resumed run had behind it
+        self.unfinished = 0  # batches of the epoch that 继续 goes on with, until its pass begins
+        self.walk = None  # the Pass of this epoch that trains
+        self.open = True  # is the next pass the first of an epoch?
+        self.proven, self.believed = (
+            False,
+            0,
+        )  # has a Trainer taken a step in a pass? epochs that only seem so
+        self.promised = 0  # the epoch that is trained at least, as nn_train has asked for ti
+        self.clock = Clock()
 
     def resume(self, path: str, state: dict) -> None:
         """Go on with the checkpoint in `path`, which holds `state`."""
         self.folder, self.checkpoint, self.resumed = os.path.dirname(path), path, state
         self.learning_rate, self.training_iters, self.batch_size = state['params']
-        self.seed, self.losses, self.number = state['seed'], state['losses'], state.get('run', 0)
-        self.data = state['data']
-        self.history = [tuple(row) for row in state['history']]
-        self.numbers = state.get('numbers', [{} for _ in self.history])
-        self.marks = state.get('marks', [])
+        self.seed, self.losses, self.number = state['seed'], state['losses'], state['run']
+        self.data, self.marks, self.begun = state['data'], state['marks'], state['begun']
+        self.history = History(state['history'], *state['best_by'])
         self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
-        self.seconds_before, self.epochs_before = state['seconds'], self.epochs_done()
+        self.unfinished, self.proven, self.rate = self.batch, state['proven'], state['rate']
+        self.clock = Clock(*state['clock'])
 
     def state(self, epoch: int, train_loss: Any, train_acc: Any) -> dict:
-        """Return what a checkpoint holds beside the network, the optimizer and the losses."""
+        """Return what a checkpoint holds beside the network, the optimizer, the losses and the history."""
+        cut = self.is_cut_short()
         return {
             'epoch': int(epoch),
-            'train_loss': float(train_loss),
-            'train_acc': float(train_acc),
+            'sums': [*parts_of(train_loss), *parts_of(train_acc)],
             'data': data_name(),
             'seed': self.seed,
             'run': self.number,
+            'begun': self.begun,
+            'folder': self.folder and os.path.basename(self.folder),
             'epochs': int(epoch) - 1,
-            'batch': self.batch if self.in_epoch else 0,
+            'batch': self.batch if cut else 0,
             'batches': self.batches,
-            'history': self.history[:],
-            'numbers': self.numbers[:],
             'marks': self.marks[:],
+            'best_by': (self.history.by, self.history.lower),
+            'proven': self.proven,
+            'rate': self.rate if cut else None,
             'losses': {'size': self.losses.size, 'rest': self.losses.rest, 'last': self.losses.last},
-            'seconds': self.elapsed(),
+            'clock': (self.clock.elapsed(), self.clock.in_epoch() if cut else 0.0, self.clock.rest),
             'params': (self.learning_rate, self.training_iters, self.batch_size),
         }
+
+    # -- its phase
+
+    def enter(self, phase: Phase, reason: Optional[Ending] = None) -> None:
+        """Change the phase, as is drawn above class Phase; what is not drawn there changes nothing."""
+        global running
+        worse = reason in (Ending.NAN, Ending.ERROR) or (reason, self.reason) == (
+            Ending.STOPPED,
+            Ending.EARLY,
+        )
+        if self.phase is Phase.ENDING and (phase is Phase.OVER or worse):
+            self.phase, self.reason = phase, reason or self.reason
+        elif self.is_going() or phase is Phase.LOADING and self.phase is Phase.WAITING:
+            self.phase, self.reason = phase, reason
+        if self.phase is Phase.OVER:
+            self.clock.ended = self.clock.ended or time.monotonic()
+        if self is run:
+            running = self.is_going()
+            self.note_place()
+
+    def is_going(self) -> bool:
+        """Return whether it is to go on."""
+        return Phase.LOADING <= self.phase <= Phase.SAVING
+
+    @property
+    def busy(self) -> bool:
+        """Is nn_train at work? It still is for a moment after 停止."""
+        return Phase.LOADING <= self.phase <= Phase.ENDING
+
+    @contextlib.contextmanager
+    def during(self, phase: Phase) -> Iterator:
+        """Be in a phase, and then in the one before, unless the run is to end."""
+        with lock:
+            before = self.phase
+            self.enter(phase)
+            self.clock.last = time.monotonic()
+        try:
+            yield
+        finally:
+            with lock:
+                self.clock.last = time.monotonic()
+                self.enter(before)
+
+    def seen(self, batches: Iterable) -> Iterator:
+        """Yield batches to test with: each is a sign of life."""
+        with self.during(Phase.TESTING):
+            for batch in batches:
+                yield batch
+                with lock:
+                    self.clock.last = time.monotonic()
+                    self.note_place()
 
     # -- what the training loop does
 
@@ -5831,112 +6456,203 @@ class Run:
         """Return what training goes by: may it go on, learning rate, number of epochs."""
         return team.agreed or (running, self.learning_rate, self.training_iters)
 
-    def start_clock(self) -> None:
-        """Note that the data and the network are ready, if it is not noted yet."""
-        if self.began is None and self.busy:
-            self.began = self.epoch_began = self.last_step = time.monotonic()
-            self.note_place()
-
     def note_place(self) -> None:
         """Let the talking process see where the run is."""
-        going = Phase.TRAINING if self.in_epoch else Phase.BETWEEN if self.began else Phase.PREPARING
-        phase = going if running else Phase.ENDING if self.busy else Phase.WAITING
-        times = self.epoch_from, self.epoch_began, self.last_step
-        place.write(phase, self.epochs, self.length(), self.batch, self.batches, *times)
-
-    def trains_with(self, loader: Any) -> bool:
-        """Return whether the run trains with `loader`: the first one, or what came when that was gone."""
-        try:
-            same = weakref.ref(loader)
-        except TypeError:  # a list, a range: one of the same length is taken for the same
-            same = type(loader), len(loader) if hasattr(loader, '__len__') else None
-        gone = isinstance(self.loader, weakref.ref) and self.loader() is None
-        if self.loader is None or (gone and type(loader) is self.loader_type):
-            self.loader, self.loader_type = same, type(loader)
-        return self.loader is same or (isinstance(same, tuple) and self.loader == same)
+        first = self.walk.first if self.walk else 0
+        times = first, self.clock.epoch_began, self.clock.last
+        place.write(self.phase, self.epochs, self.length(), self.batch, self.batches, *times)
 
     def check_loaded(self) -> None:
         """Raise RuntimeError when 继续 was said to an nn_train that begins from the start all the same."""
         if self.resumed is not None and not self.loaded:
             raise RuntimeError('这个训练函数没有调用 utils.load_checkpoint，不能“继续”，只能“开始”')
 
-    def start_epoch(self, batches: int) -> tuple:
-        """Begin a pass over the training data; return the epoch, from 1, and its batches already done."""
-        self.check_loaded()
-        self.start_clock()
-        if self.passes and self.batch:  # no chat_inf() came after the last one
-            self.epochs += 1
-        if self.passes:
-            self.batch = 0
-        self.passes += 1
-        self.in_epoch, self.batches, self.epoch_from = True, batches or self.batches, self.batch
-        self.epoch_began = self.last_step = time.monotonic()
-        self.note_place()
-        return self.epochs + 1, self.batch
+    def take_values(self) -> None:
+        """Nn_train asks for the values: it has those that were set before from now on."""
+        self.live = True
+        for name in list(self.wanted):
+            self.change(name, self.wanted.pop(name))
+        if self.walk is None or self.walk.state is not Walk.GOING:
+            self.promised = min(self.epochs + 1, self.now()[2])
 
-    def count_batch(self) -> None:
-        """Note that a batch is done."""
-        self.batch += 1
-        self.last_step = time.monotonic()
+    def change(self, name: str, value: Any) -> None:
+        """Have a new value from now on."""
+        setattr(self, name, value)
+        if name == 'learning_rate':
+            self.marks.append((self.epochs_done(), f'lr {value:g}'))
+
+    def count_step(self, trainer: Any) -> None:
+        """A Trainer takes a step. What went before the first one was no pass that trains."""
+        self.steps += 1
+        self.rate = float(trainer.learning_rate)
+        if self.steps == 1 and self.walk and self.walk.state is Walk.DONE and not self.walk.proven:
+            self.epochs, self.believed, self.batch, self.walk = self.epochs - self.believed, 0, 0, None
+            self.enter(Phase.TRAINING)
+
+    def begin_epoch(self) -> None:
+        """Lock_start() was called: what comes belongs to a new epoch."""
+        if self.phase is Phase.LOADING:
+            self.clock.epoch_began = self.clock.last = time.monotonic()
+        self.open |= self.walk is not None and self.walk.state is Walk.DONE
+        self.enter(Phase.TRAINING)
+
+    def begin_pass(self, size: int, said: Optional[bool]) -> Pass:
+        """Begin a pass over data of `size` batches (0: nobody knows)."""
+        trains = self.busy and (self.open if said is None else said)
+        if not trains:
+            walk = Pass((0, 0), size, False if said is None and not self.busy else said, False, self)
+            self.enter(Phase.TESTING)
+            return walk
+        self.check_loaded()
+        if not self.unfinished:
+            self.leave_unreported()
+        walk = Pass((self.epochs + 1, self.unfinished), size, said, True, self)
+        self.walk, self.open, self.unfinished, self.batch = walk, False, 0, self.unfinished
+        self.batches = size or self.batches
+        self.clock.begin_pass()
+        self.enter(Phase.TRAINING)
         self.note_place()
+        return walk
+
+    def leave_unreported(self) -> None:
+        """Another epoch begins, though none was reported since the last one did."""
+        if self.walk and self.batch:
+            self.epochs += 1
+            self.believed += not self.walk.proven
+        self.batch = 0
+
+    def count_batch(self, walk: Pass, images: int) -> None:
+        """Note that a batch is done; cut the pass short if it trains and 停止 was said."""
+        walk.done, walk.images, walk.counted = walk.done + 1, walk.images + images, self.steps
+        walk.proven |= walk.said is None and self.steps > walk.steps
+        if walk.proven and walk is not self.walk and (self.walk is None or self.walk.state is Walk.DONE):
+            self.leave_unreported()
+            self.walk, self.open, self.batches = walk, False, walk.size or self.batches
+            self.enter(Phase.TRAINING)
+        self.proven |= walk.proven
+        if walk is self.walk and self.counts(walk):
+            self.clock.count_batch(walk.done - self.batch)
+            self.batch = walk.done
+            if self.steps == walk.steps:
+                self.rate = self.learning_rate
+            self.no_longer_waits_for_questions()
+            if not self.now()[0]:
+                walk.state = Walk.CUT
+        self.clock.last = time.monotonic()
+        self.note_place()
+
+    def counts(self, walk: Pass) -> bool:
+        """Return whether a pass trains: that is said or a Trainer steps in it, or there is none."""
+        return walk.proven or not (self.steps or self.proven)
+
+    def no_longer_waits_for_questions(self) -> None:
+        """Nn_train has trained without asking for the values: it will not."""
+        if self.live is None:
+            self.live, self.wanted = False, {}
+
+    def end_pass(self, walk: Pass, whole: bool) -> None:
+        """Note that a pass is over: the `whole` of it, or the loop was left in the middle of a batch."""
+        if not whole and self.steps > walk.counted and walk.state is Walk.GOING:
+            self.count_batch(walk, 0)
+        walk.proven |= (
+            walk.trains and walk.done == walk.first > 0
+        )  # 停止 came at the end of this epoch's pass
+        if walk.state is Walk.GOING:
+            cut = walk is self.walk and not whole and not self.now()[0] and self.counts(walk)
+            walk.state = Walk.CUT if cut else Walk.DONE
+        if walk is not self.walk:
+            self.enter(walk.before)
+            return
+        if not self.counts(walk):
+            self.walk, self.open, self.unfinished = None, True, walk.first
+        elif whole:
+            self.batches = self.batch
+        self.clock.end_pass()
+        self.enter(Phase.TESTING)
+        self.note_place()
+
+    def keep_loss(self, loss: float) -> None:
+        """Keep the loss of a batch that is being computed."""
+        batch = self.walk.done + 1 if self.walk else len(self.losses.points) - self.losses.of_epoch + 1
+        self.losses.add(self.epochs + batch / max(self.batches, batch + (self.walk is None)), loss)
+        if not self.steps:
+            self.rate = self.learning_rate
+        self.clock.last = time.monotonic()
 
     def is_cut_short(self) -> bool:
         """Return whether 停止 came in the middle of a pass over the training data."""
-        return self.in_epoch and not self.now()[0]
+        return self.walk is not None and self.walk.state is Walk.CUT
+
+    def batches_reported(self, train_data: Any) -> Optional[int]:
+        """Return over how many batches nn_train has summed up; None when nobody knows."""
+        whole = self.walk is None or self.walk.done >= self.batches  # not left by a break
+        if whole and hasattr(train_data, '__len__'):
+            return len(train_data)
+        return self.batch or None
 
     def finish_epoch(
-        self, epoch: int, loss: float, train_acc: float, test_acc: float, numbers: dict
+        self,
+        epoch: int,
+        loss: Optional[float],
+        train_acc: Optional[float],
+        test_acc: Optional[float],
+        numbers: dict,
     ) -> Letter:
         """Note that an epoch is done, and what came of it; return the report."""
         self.check_loaded()
-        self.start_clock()
-        now = time.monotonic()
-        seconds = now - self.epoch_began
-        epoch = int(epoch)
-        self.history.append((epoch, loss, train_acc, test_acc, self.learning_rate, round(seconds, 3)))
-        self.numbers.append(numbers)
-        self.epochs, self.batch = epoch, 0
-        self.epoch_began = self.last_step = now
-        more = ''.join(f'{name} {value:.4g}\n' for name, value in numbers.items())
+        self.no_longer_waits_for_questions()
+        seconds = self.clock.finish_epoch()
+        rate = self.learning_rate if self.rate is None else self.rate
+        number = self.history.next_number()
+        row = Row(int(epoch), loss, train_acc, test_acc, rate, round(seconds, 3), number, numbers)
+        self.history.add(row)
+        if self.walk is None:
+            self.losses.spread(row.epoch)
+        self.losses.of_epoch = len(self.losses.points)
+        self.epochs, self.batch, self.unfinished, self.rate = row.epoch, 0, 0, None
+        self.walk, self.open, self.believed = None, True, 0
+        self.enter(Phase.TRAINING)
         self.note_place()
-        text = (
-            f'{data_note()}第 {epoch}/{self.length()} 轮\n损失 {loss:.4g}\n训练精度 {train_acc:.3f}\n'
-            f'测试精度 {test_acc:.3f}\n{more}'
-            f'用时 {duration(seconds)}{self.time_left()}'
-        )
-        return Letter(text, 'report', test_acc)
+        lines = [
+            f'第 {row.epoch}/{self.length()} 轮',
+            *measured(row),
+            f'用时 {duration(seconds)}{self.time_left()}',
+        ]
+        return Letter(data_note() + '\n'.join(lines), 'report', self.history.score(row))
+
+    def finish_unreported(self, epoch: int) -> None:
+        """Note that an epoch is done, of which there was no report, unless 停止 cut it short."""
+        if epoch > self.epochs and not self.is_cut_short() and self.batch:
+            self.epochs, self.batch, self.walk, self.open, self.believed = int(epoch), 0, None, True, 0
+            self.note_place()
 
     def is_due(self) -> bool:
         """Return whether 报告 asks for the epoch that has just ended; with 报告 0, for a new best one."""
         every = settings.report_every
-        return self.epochs % every == 0 if every else self.best() is self.history[-1]
+        return self.epochs % every == 0 if every else self.history.best is self.history.rows[-1]
 
     def has_no_patience_left(self) -> bool:
         """Return whether 早停 ends the run: so many epochs have passed without a better one."""
-        since = self.epochs - max(self.best()[0], self.resumed['epochs'] if self.resumed else 0)
-        return running and 0 < settings.patience <= since and self.epochs < self.length()
+        best = self.history.best
+        since = self.epochs - max(best.epoch if best else 0, self.resumed['epochs'] if self.resumed else 0)
+        return running and best is not None and 0 < settings.patience <= since and self.epochs < self.length()
 
     # -- how far it has come
 
     def length(self) -> int:
         """Return the number of epochs that the run is to train."""
-        return max(self.training_iters, self.epochs + (self.batch > 0))
+        begun = self.batch > 0 or self.walk is not None and self.walk.proven
+        return max(self.training_iters, self.epochs + begun, self.promised)
 
     def epochs_done(self) -> float:
         """Return how many epochs the run has done; 2.5 is amid the third."""
         return self.epochs + (self.batch / self.batches if self.batches else 0)
 
-    def elapsed(self) -> float:
-        """Return for how many seconds the run has trained."""
-        return self.seconds_before + (time.monotonic() - self.began if self.began else 0)
-
     def time_left(self) -> str:
         """Return how long the run will take from here, in words; '' when nobody knows."""
-        done, length = self.epochs_done(), self.length()
-        if not self.began or not self.epochs_before < done < length:
-            return ''
-        epoch = (self.last_step - self.began) / (done - self.epochs_before)
-        return '，还需约 ' + duration(max(0, epoch * (length - done) - (time.monotonic() - self.last_step)))
+        epochs = self.length() - self.epochs
+        left = self.clock.left(self.batches * epochs - self.batch if self.batches else None, epochs)
+        return '，还需约 ' + duration(left) if self.busy and epochs and left is not None else ''
 
     def how_far(self) -> str:
         """Return how far the run has come."""
@@ -5947,13 +6663,10 @@ class Run:
         """Return a place in the current epoch, in words."""
         return place_in_words(self.epochs, batch, self.batches, to)
 
-    def best(self) -> Optional[tuple]:
-        """Return the row of the epoch with the best test accuracy, the first of them; None without epochs."""
-        return max(self.history, key=lambda row: row[3], default=None)
-
-    def best_line(self) -> str:
-        """Return the best test accuracy of the run, in words."""
-        return f'最好的测试精度 {self.best()[3]:.3f}（第 {self.best()[0]} 轮）'
+    def best_lines(self) -> list:
+        """Return which epoch was the best, in a line, if that was measured."""
+        best = self.history.best
+        return [f'最好的{in_words(self.history, best)}（第 {best.epoch} 轮）'] if best else []
 
     # -- what can be said about it
 
@@ -5966,63 +6679,77 @@ class Run:
             letters = [letter if isinstance(letter, Letter) else Letter(letter) for letter in letters]
             itchat.instance.tell(letters, facts)
 
+    def facts(self) -> dict:
+        """Return what changes from epoch to epoch of what is remembered of the run."""
+        best = self.history.best
+        found = best and [best.epoch, self.history.decisive(best)]
+        rate = self.history.rows[-1].learning_rate if self.history.rows else self.learning_rate
+        values = rate, self.training_iters, self.batch_size
+        about = {'data': self.data, 'best_by': (self.history.by, self.history.lower), 'values': values}
+        return {**about, 'how_far': self.how_far(), 'epochs': len(self.history.rows), 'best': found}
+
     def status(self) -> str:
         """Return where things stand, but for what follows for the machine."""
-        lines = ['训练中' if running else '正在停止' if self.busy else '空闲']
-        if self.history or self.batch or self.busy:
+        lines = ['训练中' if self.is_going() else '正在停止' if self.busy else '空闲']
+        if self.history.rows or self.batch or self.busy:
             lines[0] += '：' + self.how_far() + ('' if self.busy else '（上次）')
         else:
             lines += filter(None, [resume_offer()])
-        lines += filter(None, [missing_processes()])
+        lines += filter(None, [PHASES.get(self.phase), missing_processes()])
         if self.losses.last is not None:
             lines.append(f'最近一批损失 {self.losses.last:.4g}')
-        if self.history:
-            epoch, loss, train_acc, test_acc, *_ = self.history[-1]
-            lines.append(f'第 {epoch} 轮：损失 {loss:.4g}\n精度：训练 {train_acc:.3f}，测试 {test_acc:.3f}')
-            lines.append(self.best_line())
+        if self.history.rows:
+            row = self.history.rows[-1]
+            lines += [f'第 {row.epoch} 轮：' + '\n'.join(measured(row, short=True)), *self.best_lines()]
         if self.busy:
-            images = (self.batch - self.epoch_from) * self.batch_size
-            if self.in_epoch and images > 0:
-                lines.append(f'速度 {images / (self.last_step - self.epoch_began):.0f} 张/秒')
-            lines.append(f'已用 {duration(self.elapsed())}{self.time_left()}')
+            lines += filter(None, [self.speed()])
+            lines.append(f'已用 {duration(self.clock.elapsed())}{self.time_left()}')
         lines.append(self.values() if self.busy else values_now())
         return data_note() + '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}'])
+
+    def speed(self) -> str:
+        """Return how many images a second the present pass has trained, in words; '' when nobody knows."""
+        if self.walk is None or not self.walk.images or self.walk.state is not Walk.GOING:
+            return ''
+        return f'速度 {self.walk.images / (self.clock.last - self.clock.epoch_began):.0f} 张/秒'
 
     def values(self) -> str:
         """Return the three values that the run trains with, in words."""
         return values_text(self.learning_rate, self.training_iters, self.batch_size)
 
-    def ending(self) -> str:
-        """Return in two words how the run ended."""
-        if self.error is not None:
-            return 'NaN' if isinstance(self.error, FloatingPointError) else '出错'
-        return '停止' if self.stopped else '早停' if self.early else '完成'
-
     def closing_report(self) -> str:
         """Return how the run ended."""
-        error, lines = self.error, ['训练已停止' if self.stopped else '训练完成', self.how_far()]
-        if isinstance(error, FloatingPointError):
-            place = self.place(self.batch + 1, '') if self.in_epoch else f'第 {self.epochs + 1} 轮'
+        error, lines = self.error, [CLOSING.get(self.reason, '训练完成'), self.how_far()]
+        if self.reason is Ending.NAN:
+            place = self.place(self.bad_batch, '') if self.bad_batch else f'第 {self.epochs + 1} 轮'
+            rate = self.learning_rate if self.rate is None else self.rate
             again = '继续' if self.checkpoint else '开始'
-            lines = [f'训练停下了：{error}', f'{place}，lr = {self.learning_rate:g}']
-            lines += [f'可以试试 lr {self.learning_rate / 10:g}，再发“{again}”']
-            if self.folder and os.path.exists(os.path.join(self.folder, 'best.zip')):
-                lines += [f'也可以先发“回退”，回到最好的第 {self.best()[0]} 轮']
+            lines = [f'训练停下了：{error}', f'{place}，lr = {rate:g}']
+            lines += [f'可以试试 lr {rate / 10:g}，再发“{again}”']
+            if self.has_best():
+                lines += [f'也可以先发“回退”，回到最好的第 {self.history.best.epoch} 轮']
         elif error is not None:
             lines = [f'训练出错，已结束（主机 {socket.gethostname()}）', *error_lines(error), self.how_far()]
-        if self.early and error is None:
-            lines[0] = f'训练完成：{self.early} 轮没有更好，早停了'
-        if self.history:
-            lines.append(self.best_line())
+        elif self.reason is Ending.EARLY:
+            lines[0] = f'训练完成：{self.patience} 轮没有更好，早停了'
+        lines += self.best_lines()
         kept = self.checkpoint and os.path.exists(self.checkpoint)
         if kept and (error is not None or self.epochs_done() < self.training_iters):
             lines.append(f'检查点在 {shown(self.checkpoint)}，发“继续”接着训练')
-        return data_note() + '\n'.join([*lines, '用时 ' + duration(self.elapsed())])
+        return data_note() + '\n'.join([*lines, '用时 ' + duration(self.clock.elapsed())])
+
+    def has_best(self) -> bool:
+        """Return whether 回退 has something to go back to."""
+        return bool(self.folder) and os.path.exists(os.path.join(self.folder, 'best.zip'))
 
     def drawn(self) -> dict:
         """Return what draw_curve() draws of the run."""
-        kept = {'history': self.history[:], 'losses': self.losses.points[:], 'marks': self.marks[:]}
-        return {**kept, 'numbers': [dict(numbers) for numbers in self.numbers], 'data': self.data}
+        kept = {'losses': self.losses.points[:], 'marks': self.marks[:], 'data': self.data}
+        return {
+            **kept,
+            'history': self.history.rows[:],
+            'numbers': [row.numbers for row in self.history.rows],
+        }
 
     def curve(self) -> Callable:
         """Return a function that draws the curves so far and returns the path of the picture.
@@ -6044,30 +6771,108 @@ class Run:
         with lock:
             if self.folder is None:
                 self.folder = make_run_folder()
-                self.tell(folder=self.folder)
+                folders[self.number] = self.folder
+                self.tell(folder=self.folder, **self.facts())
             os.makedirs(self.folder, mode=0o755, exist_ok=True)  # somebody may have removed it
             return self.folder
 
-    def write(self, name: str, what: str, write: Callable) -> Optional[str]:
-        """Let write(path) write the file `name`, whole or not at all; return its path.
+    def write(self, name: str, what: str, write: Callable, whole: bool = True) -> Optional[str]:
+        """Let write(path) write the file `name`, `whole` or not at all; return its path.
 
-        When the disk would not have it, tell that `what` was not written, once until it works again, and
+        When that fails, for whatever reason, tell that `what` was not written, once until it works again, and
         return None. One of the --workers that does not lead writes nothing.
         """
         if not team.leads:
             return None
         try:
             path = os.path.join(self.make_folder(), name)
-            write_whole(path, write)
+            write_whole(path, write) if whole else write(path)
             with lock:
                 self.unwritten.discard(what)
             return path
-        except (OSError, RuntimeError) as error:  # MXNet's error for a full disk is a RuntimeError
+        except Exception as error:  # a full disk; of a Trainer, what cannot be pickled
             with lock:
                 if what not in self.unwritten:
-                    self.tell(f'{what}没有写成：{first_line(error)}\n训练继续，以前写的还在。')
+                    before = (
+                        '，以前写的还在'
+                        if self.folder and os.path.exists(os.path.join(self.folder, name))
+                        else ''
+                    )
+                    self.tell(
+                        f'{what}没有写成：{type(error).__name__}: {first_line(error)}\n训练继续{before}。'
+                    )
                 self.unwritten.add(what)
             return None
+
+    def write_log(self) -> None:
+        """Bring log.csv up to date: what is new goes to its end, if all that it has is right."""
+        with lock:
+            rows, own = len(self.history.rows), self.history.own
+            path = self.folder and os.path.join(self.folder, 'log.csv')
+            whole = not self.logged or self.history.own != self.columns or not os.path.exists(path)
+            text = self.history.csv() if whole else ''.join(self.history.lines[self.logged :])
+            first, self.logged, self.columns = not self.logged, 0, own
+        if first and path and os.path.exists(path):  # it may tell of epochs that the checkpoint does not know
+            with (
+                contextlib.suppress(OSError),
+                open(path, encoding='utf-8', errors='replace', newline='') as f,
+            ):
+                if not text.startswith(f.read()):
+                    keep_aside(path)
+        write = functools.partial(append, text=text, mode='w' if whole else 'a')
+        if self.write('log.csv', '日志', write, whole):
+            self.logged = rows
+
+
+TITLES = {'test_acc': '测试精度', 'train_acc': '训练精度', 'loss': '损失'}
+FORMATS = {'test_acc': '.3f', 'train_acc': '.3f'}
+PHASES = {
+    Phase.LOADING: '现在：载入数据、准备网络',
+    Phase.TESTING: '现在：测试',
+    Phase.SAVING: '现在：存检查点',
+}
+CLOSING = {Ending.STOPPED: '训练已停止'}
+
+
+def measured(row: Row, short: bool = False) -> list:
+    """Return what was measured in an epoch, in words, a line each; both accuracies in one if `short`."""
+    values = {'loss': row.loss, 'train_acc': row.train_acc, 'test_acc': row.test_acc, **row.numbers}
+    values = {name: value for name, value in values.items() if value is not None}
+    lines = [f'{TITLES.get(name, name)} {value:{FORMATS.get(name, ".4g")}}' for name, value in values.items()]
+    if short and {'train_acc', 'test_acc'} <= set(values):
+        both = f'精度：训练 {row.train_acc:.3f}，测试 {row.test_acc:.3f}'
+        lines = [
+            both if line.startswith('训练精度') else line for line in lines if not line.startswith('测试精度')
+        ]
+    return lines
+
+
+def in_words(history: History, row: Row) -> str:
+    """Return the number that decides which epoch is the best, of this one."""
+    value, by = history.decisive(row), history.by
+    return f'{TITLES.get(by, by)} {value:{FORMATS.get(by, ".4g")}}'
+
+
+def append(path: str, text: str, mode: str) -> None:
+    """Write a text to a file, or (mode 'a') to its end."""
+    with open(path, mode, newline='', encoding='utf-8', errors='backslashreplace') as f:
+        f.write(text)
+
+
+def count_steps(prepare: Callable) -> Callable:
+    """Return a Trainer's method `prepare`, with which a step begins, that lets the run know of the step."""
+
+    @functools.wraps(prepare)
+    def prepare_and_count(self, *args, **kwargs):
+        with lock:
+            run.count_step(self)
+        return prepare(self, *args, **kwargs)
+
+    return prepare_and_count
+
+
+# Whether a pass trains, and with which learning rate, is what a Trainer does, not what it is called.
+mx.gluon.Trainer._check_and_rescale_grad = count_steps(mx.gluon.Trainer._check_and_rescale_grad)
 
 
 def trying(what: str, function: Callable) -> Callable:
@@ -6081,11 +6886,6 @@ def trying(what: str, function: Callable) -> Callable:
             return f'{what}：{first_line(error)}'
 
     return tried
-
-
-def calls(function: Optional[Callable], name: str) -> bool:
-    """Return whether the code of `function` itself names `name`, as `utils.name` or as a global."""
-    return name in getattr(getattr(function, '__code__', None), 'co_names', ())
 
 
 def values_now() -> str:
@@ -6107,7 +6907,9 @@ def device() -> str:
 
 def gpu_state() -> str:
     """Return what nvidia-smi says of the GPU that trains; it may take a moment."""
-    query = f'nvidia-smi --id={options.gpu} --query-gpu=utilization.gpu,memory.used,memory.total'
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')  # MXNet counts among these alone
+    gpu = visible[options.gpu] if visible[0] and options.gpu < len(visible) else options.gpu
+    query = f'nvidia-smi --id={gpu} --query-gpu=utilization.gpu,memory.used,memory.total'
     query += ' --format=csv,noheader,nounits'
     try:
         done = subprocess.run(query.split(), capture_output=True, text=True, timeout=5, check=True)
@@ -6204,20 +7006,9 @@ def draw_mistakes(mistakes: list, path: str) -> None:
 
 # ---------------------------------------------------------------------------------- the files of a run
 
-# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy), best.params,
-# log.csv and curve.png. Each is written under another name and then put in its place, so that there is
-# always a whole one; last.zip carries the checksums of what it holds.
-
-
-def write_log(path: str, rows: list, numbers: list) -> None:
-    """Write the epochs as CSV, with a person's own numbers behind."""
-    own = sorted({name for row in numbers for name in row})
-    with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
-        writer = csv.writer(f)
-        writer.writerow([*LOG, *own])
-        writer.writerows(
-            [*row, *(values.get(name, '') for name in own)] for row, values in zip(rows, numbers)
-        )
+# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy, log.csv),
+# best.zip, best.params, log.csv and curve.png. Each but the log is written under another name and then put in
+# its place, so that there is always a whole one; last.zip carries the checksums of what it holds.
 
 
 def write_whole(path: str, write: Callable) -> None:
@@ -6233,39 +7024,54 @@ def write_whole(path: str, write: Callable) -> None:
             os.remove(path + NEW)
 
 
-def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray) -> None:
+def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray, log: str) -> None:
     """Write last.zip to `path`."""
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), suffix=NEW) as folder:
         net.save_parameters(os.path.join(folder, 'net.params'))
         trainer.save_states(os.path.join(folder, 'trainer.states'))
         np.save(os.path.join(folder, 'losses.npy'), losses)
-        write_json(os.path.join(folder, 'run.json'), state)
+        append(os.path.join(folder, 'run.json'), json.dumps(state, ensure_ascii=False), 'w')
+        append(os.path.join(folder, 'log.csv'), log, 'w')
         with zipfile.ZipFile(path, 'w') as checkpoint:
             for name in os.listdir(folder):
                 checkpoint.write(os.path.join(folder, name), name)
 
 
-def write_json(path: str, content: Any) -> None:
-    """Write a JSON file."""
-    with open(path, 'w', encoding='utf-8', errors='backslashreplace') as f:
-        json.dump(content, f, ensure_ascii=False)
-
-
 def back_to_best(folder: Optional[str]) -> str:
-    """Make the best checkpoint of a run the one that 继续 takes, with a mark; return what to say of it."""
-    best = os.path.join(folder or RUNS, 'best.zip')
+    """Make the best checkpoint of a run the one that 继续 takes, with a mark; return what to say of it.
+
+    What came after it is kept under other names.
+    """
+    best, last, log = (os.path.join(folder or RUNS, name) for name in ('best.zip', 'last.zip', 'log.csv'))
     try:
         state = read_checkpoint(best)
         with open_private(best) as f, zipfile.ZipFile(f) as checkpoint:
             content = {name: checkpoint.read(name) for name in checkpoint.namelist()}
         kept = json.loads(content['run.json'])
-        kept['marks'] = [*kept.get('marks', []), (state['epochs'], 'back here')]
+        kept['marks'].append((state['epochs'], 'back here'))
         content['run.json'] = json.dumps(kept).encode()
-        write_whole(os.path.join(folder, 'last.zip'), lambda path: write_zip(path, content))
-    except (OSError, ValueError):
+        kept_as = keep_aside(last, log)
+        write_whole(last, lambda path: write_zip(path, content))
+        write_whole(log, lambda path: append(path, content['log.csv'].decode(), 'w'))
+    except FileNotFoundError:
         return '没有可以回去的检查点：有过一轮以后才有。'
-    epoch, _, _, test_acc, *_ = state['history'][-1]
-    return f'回到了第 {epoch} 轮（测试精度 {test_acc:.3f}），发“继续”从那里接着训练。'
+    except (OSError, ValueError) as error:
+        return f'回不去：{first_line(error)}'
+    history = History(state['history'], *state['best_by'])
+    words = in_words(history, history.rows[-1])
+    say(f'后来的部分留在 {"、".join(map(shown, kept_as))}。')
+    return f'回到了第 {history.rows[-1].epoch} 轮（{words}），发“继续”从那里接着训练。'
+
+
+def keep_aside(*paths: str) -> list:
+    """Copy those files that are there to names of their own, such as last-1.zip; return these."""
+    paths = [path for path in paths if os.path.exists(path)]
+    for number in itertools.count(1):
+        copies = [f'-{number}'.join(os.path.splitext(path)) for path in paths]
+        if not any(map(os.path.exists, copies)):
+            for path, copy in zip(paths, copies):
+                shutil.copyfile(path, copy)
+            return copies
 
 
 def write_zip(path: str, content: dict) -> None:
@@ -6275,51 +7081,31 @@ def write_zip(path: str, content: dict) -> None:
             z.writestr(name, data)
 
 
-def run_folders() -> list:
-    """Return the folders of the runs with something in them to tell, the last one first."""
-    paths = [*in_runs('last.zip'), *in_runs('log.csv')]
-    folders = {os.path.dirname(path) for path in paths}
-    return sorted(folders, key=lambda folder: (run_number(folder), folder), reverse=True)
-
-
-def run_number(folder: str) -> int:
-    """Return the number of the run in a folder: what counts, however the clock was set; 0 if it has none."""
-    if folder == run.folder:
-        return run.number
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        with open(os.path.join(folder, 'end.json'), encoding='utf-8') as f:
-            return int(json.load(f)['run'])
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
-        with zipfile.ZipFile(os.path.join(folder, 'last.zip')) as checkpoint:
-            return int(json.loads(checkpoint.read('run.json'))['run'])
-    return 0
-
-
 def in_runs(name: str) -> list:
     """Return the paths of the files called so in the folders of the runs."""
     return glob.glob(os.path.join(glob.escape(RUNS), '*', name))
 
 
 def read_run(folder: str) -> Run:
-    """Return a run on disk: from its checkpoint, or from what log.csv tells of it."""
+    """Return a run on disk: from its checkpoint, or from what log.csv tells of it.
+
+    Raises OSError, ValueError.
+    """
     found = Run()
     with contextlib.suppress(OSError, ValueError):
         path = os.path.join(folder, 'last.zip')
         found.resume(path, read_checkpoint(path))
         return found
-    found.learning_rate = found.batch_size = found.data = None  # nobody knows
-    path = os.path.join(folder, 'log.csv')
-    with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8', errors='replace') as f:
-        rows = list(csv.reader(f))[1:]
-        found.history = [(int(row[0]), *map(float, row[1 : len(LOG)])) for row in rows]
-        found.learning_rate = found.history[-1][4] if found.history else None
+    with open(os.path.join(folder, 'log.csv'), encoding='utf-8', errors='replace') as f:
+        found.history = History(History.read(f.read()))
     return found
 
 
 def read_checkpoint(path: Any) -> dict:
     """Return what save_checkpoint() kept in `path`, less the network and the optimizer.
 
-    Raises ValueError when it is damaged, PermissionError when others could have put it there.
+    Raises ValueError when it is damaged, PermissionError when others could have put it there, OSError when an
+    earlier version of this program has written it.
     """
     with open_private(path) as f:
         try:
@@ -6327,27 +7113,33 @@ def read_checkpoint(path: Any) -> dict:
                 if checkpoint.testzip() is not None:
                     raise ValueError('checksum')
                 state = json.loads(checkpoint.read('run.json'))
+                if 'train_loss' in state:
+                    raise OSError(0, '是旧版本存的')
                 points = np.load(io.BytesIO(checkpoint.read('losses.npy'))).tolist()
-                state.setdefault('epochs', len(state['history']))  # not there in those of earlier versions
-                state['losses'] = Losses(map(tuple, points), **state.get('losses', {}))
+                state['losses'] = Losses(map(tuple, points), **state['losses'])
+                state['history'] = History.read(checkpoint.read('log.csv').decode())
+                state['numbers'] = [row.numbers for row in state['history']]
                 Run().resume(path, state)  # nothing is missing
                 return {'data': state['data'], **state}
+        except OSError:
+            raise
         except Exception as error:  # whatever zipfile, json and numpy make of damaged bytes
             raise ValueError(f'{path} 已损坏（{type(error).__name__}）') from None
 
 
 def last_checkpoint() -> tuple:
-    """Return (path, what it holds) of the newest checkpoint on the data now used, or (None, None).
+    """Return (path, what it holds) of the last run on the data now used that can go on, or (None, None).
 
     One that is damaged is set aside under another name, one that others could have written is passed over.
     """
-    paths = [path for path in in_runs('last.zip') if os.path.isfile(path)]
-    age = lambda path: (run_number(os.path.dirname(path)), os.path.getmtime(path))  # noqa: E731
-    for path in sorted(paths, key=age, reverse=True):
+    for number in sorted(folders, reverse=True):
+        path = os.path.join(folders[number], 'last.zip')
         try:
             state = read_checkpoint(path)
             if state['data'] == data_name():
-                return path, state
+                return path, {**state, 'run': number}
+        except FileNotFoundError:
+            continue
         except ValueError as error:
             say(f'{error}，改名为 last.zip.damaged')
             with contextlib.suppress(OSError):
@@ -6357,13 +7149,28 @@ def last_checkpoint() -> tuple:
     return None, None
 
 
+def folder_to_go_back_in() -> Optional[str]:
+    """Return the folder of the run that 回退 is about: the last one on the data now used, if there is one."""
+    if run.folder:
+        return run.folder
+    for number in sorted(folders, reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            if read_run(folders[number]).data == data_name():
+                return folders[number]
+    return None
+
+
 def resume_offer() -> str:
     """Return what 继续 would go on with, in words; '' when there is nothing, or it was trained to its end."""
     path, state = last_checkpoint()
-    if path is None or (state['epochs'] >= state['params'][1] and not state['batch']):
+    if path is None:
         return ''
     found = Run()
     found.resume(path, state)
+    if 'training_iters' in settings.chosen:
+        found.training_iters = training_iters
+    if found.epochs >= found.training_iters:
+        return ''
     return f'有没训练完的：{found.how_far()}，发“继续”接着训练'
 
 
@@ -6396,6 +7203,7 @@ class Asked(NamedTuple):
     person: Caller
     number: int = 0  # behind the word
     path: str = ''  # the checkpoint to go on from
+    known: str = ''  # what the talking process knows of it: see Order.words()
 
 
 class Settings:
@@ -6451,7 +7259,8 @@ class Commands:
         try:
             if said['word'] == 'set':
                 return self.set_values(said['values'])
-            return getattr(self, said['word'])(asked._replace(number=said['number'] or 0))
+            asked = asked._replace(number=said['number'] or 0, known=said.get('known', ''))
+            return getattr(self, said['word'])(asked)
         except Exception as error:  # the person would wait for an answer
             print_traceback()
             self.wrong = True
@@ -6464,7 +7273,7 @@ class Commands:
         refusal = is_busy() or objection_to(self.nn_train)
         if refusal:
             return refusal
-        this_run = Run(asked.person, self.nn_train)
+        this_run = Run(asked.person)
         self.runs_so_far += 1
         this_run.number = self.runs_so_far
         self.begin(this_run)
@@ -6497,63 +7306,58 @@ class Commands:
         settings.touched.update(LIMITS)
         changed = [f'lr {lr:g}'] * (lr != state['params'][0]) + ['restarted'] * bool(asked.path)
         state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
-        this_run = Run(asked.person, self.nn_train)
+        this_run = Run(asked.person)
         this_run.resume(path, state)
+        of_folder = [number for number, folder in folders.items() if folder == this_run.folder]
+        this_run.number = of_folder[0] if of_folder else this_run.number
         this_run.marks += [(this_run.epochs_done(), word) for word in changed]
-        if not this_run.number:  # of an earlier version
-            self.runs_so_far += 1
-            this_run.number = self.runs_so_far
         self.begin(this_run)
         text = f'{data_note()}继续训练\n{run.how_far()}\n设备 {device()}\n{run.values()}{note}'
         return '' if asked.path else text
 
     def begin(self, this_run: Run) -> None:
         """Let the main thread train."""
-        global run, running
+        global run
         run = this_run
-        running = run.busy = True
-        run.note_place()
-        about = {'number': run.number, 'person': run.person.key, 'begun': time.time(), 'ending': None}
+        run.enter(Phase.LOADING)
+        about = {'number': run.number, 'person': run.person.key, 'begun': run.begun, 'ending': None}
         kept = {'folder': run.folder, 'checkpoint': run.checkpoint, 'kept': run.how_far()}
-        self.news = {**about, **kept, 'how_far': run.how_far(), 'stopping': False}
+        first = run.history.rows[0].learning_rate if run.history.rows else run.learning_rate
+        self.news = {**about, **kept, **run.facts(), 'first_rate': first, 'stopping': False}
         self.job = self.nn_train, run
 
     def stop(self, asked: Optional[Asked] = None) -> str:
         """Let the run end after the batch that it is at."""
-        global running
-        if running:
-            running = False
-            run.note_place()
+        if run.is_going() or run.phase is Phase.ENDING and run.reason is Ending.EARLY:
+            run.enter(Phase.ENDING, Ending.STOPPED)
             self.news = {'stopping': True}
             return '好，这一批算完就停。'
         return '已经在停了，请等结束报告。' if run.busy else '现在没有训练，发“开始”就开始。'
 
     def rollback(self, asked: Asked) -> str:
         """Go back to the best epoch: the next 继续 goes on from there."""
-        if run.busy:
-            run.rolling_back = True
-            return f'{self.stop()}\n停下以后回到最好的一轮。'
-        path, _ = last_checkpoint()
-        return back_to_best(path and os.path.dirname(path))
+        if not run.busy:
+            return back_to_best(folder_to_go_back_in())
+        if not run.has_best():
+            return '没有可以回去的检查点：有过一轮以后才有。训练接着做。'
+        run.rolling_back = True
+        return f'{self.stop()}\n停下以后回到最好的一轮。'
 
     # -- what can be asked for
 
     def status(self, asked: Asked) -> Any:
         """Say where things stand."""
-        text = run.status()
+        text = f'{run.status()}\n{manner_text(settings.report_every, settings.patience)}'.strip()
         return text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
 
     def plot(self, asked: Asked) -> Any:
         """Draw the curves; with a number, those of that run in 记录's list."""
-        folders = run_folders()
         if not asked.number:
-            return run.curve() if run.losses.points or run.history else '还没有可画的：训练开始后再发“曲线”。'
-        if asked.number > len(folders):
-            return f'记录里只有 {len(folders)} 次训练。'
-        folder = folders[asked.number - 1]
+            drawable = run.losses.points or run.history.rows
+            return run.curve() if drawable else '还没有可画的：训练开始后再发“曲线”。'
 
         def picture():
-            found, path = read_run(folder), os.path.join(folder, 'curve.png')
+            found, path = read_run(asked.known), os.path.join(asked.known, 'curve.png')
             write_whole(path, functools.partial(draw_curve, **found.drawn()))
             return Letter(path, 'picture')
 
@@ -6573,13 +7377,13 @@ class Commands:
 
         return trying('图没有画成', picture)
 
-    def runs(self, asked: Asked) -> Callable:
+    def runs(self, asked: Asked) -> str:
         """List the last runs, so that they can be compared."""
-        return trying('记录没有读成', runs_text)  # reading takes a moment, which the lock must not
+        return asked.known
 
     def params(self, asked: Asked) -> str:
-        """Say the three values."""
-        return values_now()
+        """Say the three values, and what else was set."""
+        return f'{values_now()}\n{manner_text(settings.report_every, settings.patience)}'.strip()
 
     def help(self, asked: Asked) -> str:
         """List the commands."""
@@ -6615,7 +7419,7 @@ class Commands:
                 if text[0] in 'x*/':
                     answer.append(f'lr：{old:g} → {learning_rate:g}')
                 if running:
-                    answer.append(f'{text_of(name)}：{apply_to_run(name)}')
+                    answer.append(apply_to_run(name))
             except ValueError as error:
                 answer.append(str(error))
                 self.wrong = True
@@ -6636,38 +7440,19 @@ def is_busy() -> str:
     return '上一次训练正在收尾，收到它的结束报告后再发一次。' if run.busy else ''
 
 
-def runs_text() -> str:
-    """Return a line for each of the last eight runs, the best one marked."""
-    lines, accuracies = [], []
-    for number, folder in enumerate(run_folders()[:8], 1):
-        found = read_run(folder)
-        best = found.best()[3] if found.history else 0
-        ended = '训练中' if run.busy and folder == run.folder else '中断'
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing, or damaged
-            with open(os.path.join(folder, 'end.json'), encoding='utf-8') as f:
-                ended = json.load(f)['ended'] if ended == '中断' else ended
-        when = local_time(os.path.getmtime(folder))
-        values = ('lr', found.learning_rate), ('bs', found.batch_size)
-        values = ' '.join(f'{name} {value:g}' for name, value in values if value is not None)
-        lines.append(f'{number}. {when} {values}，{len(found.history)} 轮，{best:.3f}，{ended}')
-        accuracies.append(best)
-    if not lines:
-        return '还没有训练过。'
-    lines[accuracies.index(max(accuracies))] += ' ★'
-    last = min(2, len(lines))
-    return '\n'.join([*lines, f'“曲线 {last}”画第 {last} 次的。'])
-
-
 def apply_to_run(name: str) -> str:
     """Give a new value to the run, if it asks for new ones; return from when. Needs the lock."""
-    if name == 'batch_size' or not run.live:
-        return '下次开始时生效'
-    if name == 'learning_rate':
-        run.learning_rate = learning_rate
-        run.marks.append((run.epochs_done(), f'lr {learning_rate:g}'))
-        return '从下一批起生效'
-    run.training_iters = training_iters
-    return f'这次训练到第 {run.length()} 轮为止'
+    short, later = text_of(name), '下次开始时生效'
+    if name == 'batch_size' or run.live is False:
+        return f'{short}：{later}'
+    value = globals()[name]
+    if run.live:
+        run.change(name, value)
+    else:  # nn_train has not come to where it could ask for it
+        run.wanted[name] = value
+    length = run.length() if run.live else max(value, run.epochs + (run.batch > 0))
+    answer = f'{short}：' + ('从下一批起生效' if name == 'learning_rate' else f'这次训练到第 {length} 轮为止')
+    return answer if run.live else f'{answer}；训练函数不问 utils.params 的话，{short}：{later}'
 
 
 def text_of(name: str) -> str:
@@ -6699,12 +7484,15 @@ def train(nn_train: Callable, this_run: Run) -> None:
         np.set_printoptions(legacy='1.25')
     try:
         if team.begin(this_run):
+            if this_run.resumed and this_run.history.rows:
+                this_run.write_log()
             if team.size > 1:
                 compare('训练函数或 utils.py ', [source_of(nn_train), source_of(sys.modules[__name__])])
             nn_train(this_run.person.name, (*this_run.now()[1:], this_run.batch_size))
     except BaseException as error:  # sys.exit(), too
         with lock:
             this_run.error = error
+            this_run.enter(Phase.ENDING, Ending.NAN if isinstance(error, NotFinite) else Ending.ERROR)
         if team.leads or not isinstance(error, NotFinite):  # which is the same in all
             print_traceback()
     finally:
@@ -6717,25 +7505,29 @@ def train(nn_train: Callable, this_run: Run) -> None:
 def close(this_run: Run) -> None:
     """Tell how a run ended and let the next one begin. One that is to go on by itself has not ended."""
     paused = itchat.instance.pausing and this_run.error is None
-    note = back_to_best(this_run.folder) if this_run.rolling_back else ''
-    if this_run.folder and not paused:
-        this_run.write(
-            'end.json',
-            '结尾',
-            lambda path: write_json(path, {'ended': this_run.ending(), 'run': this_run.number}),
-        )
-    with lock:
-        try:
-            if not paused:
-                then = not this_run.stopped and this_run.error is None
-                facts = {'ending': this_run.ending(), 'ended': time.time(), 'how_far': this_run.how_far()}
-                this_run.tell(this_run.closing_report(), **facts)
-                if len(this_run.history) > 1:
-                    itchat.instance.draw_for(this_run, this_run.curve())
-                this_run.tell(*[note] * bool(note), then=then)
-        finally:
-            this_run.busy = False
-            this_run.note_place()
+    note = ''
+    while True:
+        if this_run.rolling_back and not note:
+            note = back_to_best(this_run.folder)
+        with lock:
+            if this_run.rolling_back and not note:  # somebody has just said so
+                continue
+            try:
+                if not paused:
+                    tell_end(this_run, note)
+            finally:
+                this_run.enter(Phase.OVER)
+            return
+
+
+def tell_end(this_run: Run, note: str) -> None:
+    """Tell how a run ended, and a note. Needs the lock."""
+    ended = {'ending': this_run.reason.value, 'ended': time.time()}
+    this_run.tell(this_run.closing_report(), **{**this_run.facts(), **ended})
+    if len(this_run.history.rows) > 1:
+        itchat.instance.draw_for(this_run, this_run.curve())
+    by_itself = this_run.reason in (Ending.DONE, Ending.EARLY) and this_run.error is None
+    this_run.tell(*[note] * bool(note), then=by_itself)
 
 
 # ------------------------------------------------------------------------- the client in itchat's place
@@ -6795,9 +7587,9 @@ class Remote(itchat.Core):
         with lock:
             settings.adopt(answer['settings'])
             self.sent = settings.kept()
+            folders.update(answer['folders'])
             if self.commands:
-                numbers = map(run_number, run_folders())  # those of a memory that is lost
-                self.commands.runs_so_far = max(answer['last'], *numbers, 0)
+                self.commands.runs_so_far = answer['last']
         if team.size > 1 and team.leads:
             team.start()
 
@@ -6947,9 +7739,9 @@ class Remote(itchat.Core):
         timer.start()
         self.do_end(stop=True, pause='orphan')
 
-    def do_logged_in(self, settings: dict, last: int) -> None:
+    def do_logged_in(self, **answer: Any) -> None:
         """There is a session."""
-        self.admitted.put({'do': 'logged_in', 'settings': settings, 'last': last})
+        self.admitted.put({'do': 'logged_in', **answer})
 
     def do_exit(self, status: int) -> None:
         """The program ends: it could not log in, or something has gone wrong."""
@@ -6973,7 +7765,8 @@ class Remote(itchat.Core):
             commands, almost = [{'word': 'resume', 'number': None, 'values': []}], ''
         with lock:  # the answer is sent before it is let go: no report of the run overtakes it
             answers = self.commands.carry_out(commands, almost, Asked(Caller(person, name), 0, path))
-            news = self.commands.news or ({'ending': '中断', 'ended': time.time()} if path else {})
+            broken = {'ending': Ending.BROKEN.value, 'ended': time.time()} if path else {}
+            news = self.commands.news or broken
             job, self.commands.job = self.commands.job, None
             if not any(map(callable, answers)):
                 self.answer(id, answers, news, job)
@@ -7119,6 +7912,7 @@ process_number = os.getpid()
 place = Place(int(role_words[1]) if role == 'trains' else -1)
 settings = Settings()
 team = Team()
+folders = {}  # number -> folder of each run that is remembered
 run = Run()  # the run that is going on, or the last one
 use_client(Remote())
 if role == 'trains':
