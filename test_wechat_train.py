@@ -7131,6 +7131,56 @@ def test_whatever_a_program_is_called_its_name_is_understood(names, said, before
     assert len(parsed.commands) == len(said) and not parsed.almost
 
 
+def test_one_that_comes_late_to_the_next_login_is_waited_for(wechat, light):
+    programs = join(light, wechat, '甲', '乙', '丙')
+    os.kill(programs['丙'].process.pid, signal.SIGSTOP)
+    programs['甲'].kill()
+    wechat.wait_text('甲 没有了，现在由 乙 登录')
+    wechat.says('B', '丙 报告 3')
+    wechat.says('B', '乙 状态')
+    wechat.wait_text('乙. 执行了：状态')
+    os.kill(programs['丙'].process.pid, signal.SIGCONT)
+    wechat.wait_text('丙. 执行了：报告 3')
+
+
+def test_what_is_given_twice_is_obeyed_once(wechat, light, tmp_path):
+    """The test is the program with the login here, which has not heard that it was taken."""
+    (tmp_path / 'wechat_train').mkdir(mode=0o700)
+    os.chdir(tmp_path / 'wechat_train')  # the whole path may be too long
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind('wechat.sock')
+        os.chdir(HERE)
+        server.listen()
+        program = light('乙', wechat)
+        peer, _ = server.accept()
+        with peer, peer.makefile('rb') as said:
+
+            def tell(**message):
+                content = json.dumps(message).encode()
+                peer.sendall(struct.pack('!i', len(content)) + content)
+
+            state = {'name': '乙', 'chat': '甲', 'local': True, 'session': '', 'account': ['A']}
+            state.update(programs=[['x', '乙', 'h']], owner=True, online=True)
+            tell(do='state', people=[['@b', 'B', '', 'first'], ['@c', 'C', '', 'allowed']], **state)
+            order = {'do': 'order', 'text': 'lr x0.5', 'user_name': '@b'}
+            for number in ('1', '1', '2', '1'):
+                tell(id=number, **order)
+            tell(do='state', people=[['@b', 'B', '', 'first']], **state)  # no longer C
+            tell(id='3', **{**order, 'text': '开始'})
+            answers, taken = [], []
+            tell(id='4', **{**order, 'text': '参数'})
+            while [text[-4:] for _, text in answers].count('0.25') < 2:
+                message = json.loads(said.read(struct.unpack('!i', said.read(4))[0]))
+                taken += [message['id']] if message['do'] == 'taken' else []
+                if message['do'] == 'send':
+                    answers.append((message['to'], message['text']))
+                    tell(do='sent', n=message['n'], ret=0, number='')
+        lr = [('@b', '学习率 lr = 0.5'), ('@b', '学习率 lr = 0.25')]
+        assert answers[:2] == lr and {to for to, _ in answers} == {'@b'}
+        assert taken == ['1', '1', '2', '1', '3', '4']
+        program.kill()
+
+
 # ----------------------------------------------------------------------------------- the command line
 
 
