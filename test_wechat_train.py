@@ -7056,14 +7056,14 @@ def test_two_programs_that_train_and_the_end_of_the_one_with_the_login(wechat, l
     wechat.says('B', '乙 报告 0\n开始\n甲 开始')
     for name in '甲乙':
         wechat.wait_text(rf'\A\[{name}\] [^\[]*开始训练')
-    wechat.wait_text(r'\A\[甲\] 第 1/')
+    wechat.wait_text(r'\A\[甲\][^\[]*第 1/')
     since = len(wechat.heard())
     wechat.says('B', '甲 曲线')
     wechat.wait_picture(since=since)
     assert '[甲] 图片：' in wechat.heard(since=since)
     first.process.send_signal(signal.SIGINT)
     first.wait_output('乙 还用着这个微信：训练停下，登录留着')
-    wechat.wait_text(r'\A\[甲\] 训练已停止')
+    wechat.wait_text(r'\A\[甲\][^\[]*训练已停止')
     wechat.says('B', '甲 开始')
     assert '只替别的程序传话' in wechat.wait_text('只替别的程序')
     wechat.says('B', '程序')
@@ -7077,7 +7077,7 @@ def test_two_programs_that_train_and_the_end_of_the_one_with_the_login(wechat, l
     wechat.says('B', '状态')
     assert wechat.wait_text(r'(?s)\A[^\[]*设备 CPU') and wechat.logins == 1
     wechat.says('B', '停止')
-    wechat.wait_text(r'\A训练已停止')
+    wechat.wait_text(r'\A[^\[]*训练已停止')
     assert 'Traceback' not in first.output() + second.output()
 
 
