@@ -6,6 +6,8 @@ the server -> a program under test -> tests of the helpers -> of the parser -> o
 """
 
 import ast
+import codecs
+import collections
 import contextlib
 import copy
 import csv
@@ -41,14 +43,18 @@ import threading
 import time
 import unicodedata
 import urllib.parse
+import warnings
 import zipfile
 from importlib import metadata
 from importlib.util import find_spec
 
+import matplotlib
 import numpy as np
 import pytest
 import segno
 import trustme
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from packaging import requirements
@@ -647,6 +653,112 @@ class Program:
         print(self.output())  # shown by pytest when the test fails
 
 
+class Screen:
+    """What a terminal shows, with the lines that have left it at the top."""
+
+    COLUMNS = 80
+
+    def __init__(self):
+        self.rows, self.row, self.column = [[]], 0, 0
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.rest = ''
+
+    def feed(self, content):
+        """Show what a program has written."""
+        text = self.rest + self.decoder.decode(content)
+        whole = re.search(r'(\x1b\[?[?\d;]*)?\Z', text).start()  # a sequence may be cut
+        text, self.rest = text[:whole], text[whole:]
+        for number, letter, other in re.findall(r'\x1b\[\??([\d;]*)([A-Za-z])|([^\x1b])', text):
+            if letter:
+                self.obey(letter, int(number or 1) if number.isdigit() or not number else 0)
+            elif other in '\r\n\b':
+                self.row += other == '\n'
+                self.column = 0 if other == '\r' else max(0, self.column - (other == '\b'))
+            else:
+                self.put(other)
+
+    def obey(self, letter, number):
+        """Move the cursor, or erase from where it is to the end of the line, or of all."""
+        self.row = max(0, self.row + number * {'A': -1, 'B': 1}.get(letter, 0))
+        self.column = max(0, self.column + number * {'C': 1, 'D': -1}.get(letter, 0))
+        if letter in 'JK':
+            del self.current()[self.column :]
+            del self.rows[self.row + 1 if letter == 'J' else len(self.rows) :]
+
+    def current(self):
+        """Return the cells of the line of the cursor."""
+        self.rows += [[] for _ in range(self.row + 1 - len(self.rows))]
+        return self.rows[self.row]
+
+    def put(self, character):
+        """Write a character where the cursor is; a wide one takes two cells."""
+        cells = [character, ''] if unicodedata.east_asian_width(character) in 'WF' else [character]
+        if self.column + len(cells) > self.COLUMNS:
+            self.row, self.column = self.row + 1, 0
+        row = self.current()
+        row += [' '] * (self.column + len(cells) - len(row))
+        row[self.column : self.column + len(cells)] = cells
+        self.column += len(cells)
+
+    def lines(self):
+        """Return the lines."""
+        return [''.join(row).rstrip() for row in self.rows]
+
+
+class AtTerminal(Program):
+    """The same on a terminal of its own, which it controls: what stands there is its output."""
+
+    def __init__(self, folder, *args, env=None, term='xterm', **how):
+        self.master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('4H', 24, Screen.COLUMNS, 0, 0))
+
+        def preexec():
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+            for number in range(3):
+                os.dup2(slave, number)
+
+        super().__init__(folder, *args, env={**(env or {}), 'TERM': term}, preexec_fn=preexec, **how)
+        os.close(slave)
+        self.screen, self.guard = Screen(), threading.Lock()
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        with contextlib.suppress(OSError):  # it is closed
+            while content := os.read(self.master, 65536):
+                with self.guard:
+                    self.screen.feed(content)
+
+    def output(self, since=0):
+        """Return what stands there, from a line on."""
+        with self.guard:
+            return '\n'.join(self.screen.lines()[since:])
+
+    def sees(self, pattern, since=0):
+        """Wait until the pattern is found on the terminal, from a line on."""
+        deadline = time.monotonic() + DEADLINE
+        while not re.search(pattern, self.output(since), re.S | re.M):
+            assert time.monotonic() < deadline, f'waited in vain for {pattern} in\n' + self.output(since)
+            time.sleep(0.02)
+
+    def press(self, keys, pattern=None):
+        """Type `keys`; wait until the pattern is found below what stood there; return which line that is."""
+        with self.guard:
+            since = self.screen.row
+        os.write(self.master, keys.encode())
+        if pattern:
+            self.sees(pattern, since)
+        return since
+
+    def echoes(self):
+        """Return whether the terminal itself shows what is typed, as it does for a shell's programs."""
+        return bool(termios.tcgetattr(self.master)[3] & termios.ECHO)
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        os.close(self.master)
+
+
 def lines_of(output):
     """Return the lines of an output, but for those that say on a busy machine what is being waited for."""
     return [line for line in output.splitlines() if '请稍候' not in line]
@@ -784,14 +896,86 @@ def test_download_goes_on_at_the_next_mirror_and_fetches_damaged_files_again(
     wechat.faults.clear()  # the 404s of the mirrors
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
-def test_accuracy_equals_numpy(n, classes, seed):
+@given(
+    st.integers(1, 40),
+    st.integers(2, 12),
+    st.integers(0, 10**6),
+    st.sampled_from([(-1,), (-1, 1), (1, -1), (1, -1, 1)]),
+    st.sampled_from(['float32', 'float16', 'float64']),
+    st.sampled_from(['float32', 'float16', 'float64', 'int8', 'uint8', 'int32', 'int64']),
+)
+@settings(max_examples=100, deadline=None)
+def test_accuracy_equals_numpy(n, classes, seed, shape, of_output, of_label):
+    """Whatever the shape of the N labels, and of whatever type the numbers are."""
     rng = np.random.RandomState(seed)
     output, label = rng.permutation(n * classes).reshape(n, classes), rng.randint(classes, size=n)
     expected = np.mean(output.argmax(axis=1) == label)
-    got = utils.accuracy(nd.array(output, dtype='float32'), nd.array(label, dtype='float32'))
-    assert float(got) == pytest.approx(expected, abs=1e-6)
+    output, label = nd.array(output, dtype=of_output), nd.array(label.reshape(shape), dtype=of_label)
+    assert float(utils.accuracy(output, label)) == pytest.approx(expected, abs=1e-6)
+    assert utils.evaluate_accuracy([(output, label)], lambda data: data) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize('shapes', [((4, 3), (5,)), ((4, 3), (4, 3)), ((4, 3, 2), (4, 2)), ((4, 1), (4,))])
+def test_an_accuracy_of_what_does_not_fit_says_both_shapes(shapes):
+    with pytest.raises(ValueError) as raised:
+        utils.accuracy(*map(nd.zeros, shapes))
+    assert str(shapes[0]) in str(raised.value) and str(shapes[1]) in str(raised.value)
+
+
+class Summing(gluon.Block):
+    """Computes with however many inputs, also when they come in a list."""
+
+    def forward(self, *inputs):
+        inputs = inputs[0] if isinstance(inputs[0], tuple) else inputs
+        return sum(inputs[1:], inputs[0])
+
+
+def test_the_accuracy_of_whatever_a_tutorial_iterates_over():
+    rng = np.random.RandomState(0)
+    data, label = rng.rand(10, 5).astype(np.float32), rng.randint(5, size=10)
+    expected = np.mean(data.argmax(axis=1) == label)
+    parts = [slice(i, i + 4) for i in (0, 4, 8)]
+    batches = [(nd.array(data[part]), nd.array(label[part], dtype='int32')) for part in parts]
+    padded = mx.io.NDArrayIter(data, label, 4)  # its last batch has two images of the first
+    zeros = [nd.zeros_like(x) for x, _ in batches]
+    kinds = {
+        'NDArrayIter': padded,
+        'NDArrayIter, at its end': padded,
+        'a named tuple': [collections.namedtuple('Batch', 'x y')(*batch) for batch in batches],
+        'a length between': [(x, zero, y.reshape((-1, 1))) for (x, y), zero in zip(batches, zeros)],
+        'a list of inputs': [((x, zero), y) for (x, y), zero in zip(batches, zeros)],
+        'a generator': (batch for batch in batches),
+    }
+    for kind, iterator in kinds.items():
+        for ctx in (None, mx.cpu(), [mx.cpu()]) if kind != 'a generator' else ([mx.cpu(0), mx.cpu(1)],):
+            assert utils.evaluate_accuracy(iterator, Summing(), ctx) == expected, kind
+    with pytest.raises(ValueError, match='一批数据也没有'):
+        utils.evaluate_accuracy(kinds['a generator'], Summing())
+    with pytest.raises(TypeError, match='一个 NDArray，现在是 tuple'):
+        utils.evaluate_accuracy(batches, lambda data: (data, data))
+    for batch in ({'data': batches[0][0], 'label': batches[0][1]}, batches[0][0], [batches[0][0]]):
+        with pytest.raises(TypeError, match=f'每一批要是 .data, label.*{type(batch).__name__}'):
+            utils.evaluate_accuracy([batch], Summing())
+
+
+def test_how_many_examples_a_batch_of_any_kind_holds():
+    x, y, scalar = nd.zeros((6, 2)), nd.zeros((6, 1)), nd.zeros(6)
+    with mx.util.np_shape(True):
+        scalar = scalar.sum().reshape(())
+    iterator = mx.io.NDArrayIter(x, scalar if scalar.shape else y, 4)
+    six = (
+        (x, y),
+        [x],
+        {'text': ['a'] * 7, 'data': (x, y)},
+        x,
+        ((x, x), y),
+        (0, [x, y]),
+        x.tostype('csr'),
+        [x.asnumpy()],
+    )
+    assert [utils.batch_size_of(batch) for batch in six] == [6] * len(six)
+    assert [utils.batch_size_of(batch) for batch in iterator] == [4, 4]
+    assert [utils.batch_size_of(batch) for batch in (3, 'text', [], None, {}, [1, 2])] == [None] * 6
 
 
 def test_evaluate_accuracy_equals_numpy_with_a_smaller_last_batch():
@@ -1699,7 +1883,7 @@ def test_a_long_run_from_the_phone(wechat, images, tmp_path):
         assert wechat.ask('lr 0.05').startswith('lr：从下一批起生效\n')
         assert wechat.ask('ti 30 bs 4').startswith('ti：这次训练到第 30 轮为止\nbs：下次开始时生效\n')
         wechat.says('B', '曲线')
-        assert wechat.wait_picture().shape[:2] == (1040, 800)
+        assert wechat.wait_picture().shape[:2] == (1080, 800)  # with a line for the words of the marks
         assert '批' in wechat.ask('状态')
         assert wechat.ask('停止') == '好，这一批算完就停。'
         stopped = wechat.wait_text('训练已停止')
@@ -2051,8 +2235,6 @@ def test_the_tutorials_own_script(server, images, tmp_path):
         with open(TUTORIAL, encoding='utf-8') as f:
             text = f.read()
     text = text.replace('import utils\n', f'import utils\nutils.data_dir = {images!r}\n', 1)
-    if server is FileHelper:
-        text = text.replace("__main__':\n", "__main__':\n    utils.parse_args()\n", 1)
     script = tmp_path / 'tutorial.py'
     script.write_text(text)
     phone, who = server(str(tmp_path)), 'B' if server is WeChat else 'filehelper'
@@ -2111,6 +2293,196 @@ def own_script(folder, nn_train, main=MAIN, head=''):
 
 
 WITH_OPTIONS = MAIN.replace("__main__':\n", "__main__':\n    utils.parse_args()\n")
+
+
+OWN_LOOP = """
+    import random
+    import numpy as np
+    from mxnet import autograd, gluon, nd
+    features, labels = np.random.RandomState(5).rand(90, 4), np.arange(90) % 3
+    train_data, test_data = DATA(features, labels), DATA(features, labels)
+    net = gluon.nn.HybridSequential()
+    net.add(gluon.nn.Dense(8, activation='tanh'), gluon.nn.Dense(3))
+    loss_fn = gluon.loss.SoftmaxCrossEntropyLoss()
+    utils.speed_up(net, loss_fn)
+    net.initialize(ctx=[mx.cpu()])
+    trainer = gluon.Trainer(net.collect_params(), 'adam', {'learning_rate': params[0]}, utils.store())
+    epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        weight = random.uniform(0.5, 1) + np.random.rand()  # of this epoch
+        np.random.rand(0 if LOOKED else 9)  # at something, once in a process
+        LOOKED.append(epoch)
+        for i, batch in enumerate(utils.progress(train_data)):
+            x, y = UNPACK(batch)
+            x, y = x.as_in_context(mx.cpu()), y.as_in_context(mx.cpu())
+            with autograd.record():
+                output = net(x)
+                loss = loss_fn(output, y) * weight
+            loss.backward()
+            trainer.step(utils.total(x.shape[0]))
+            train_acc += utils.accuracy(output, y)
+            train_loss += utils.batch_loss(loss)
+            if [epoch, i] == STOP:
+                itchat.instance.receive('停止')
+        test_acc = utils.evaluate_accuracy(TESTED(test_data), net, ctx=[mx.cpu()])
+        utils.chat_inf(wechat_name, epoch, train_loss, train_acc, train_data, test_acc)
+        epoch, train_loss, train_acc = utils.save_checkpoint(net, trainer, epoch, train_loss, train_acc)
+    utils.lock_end(wechat_name)
+"""
+
+LOADER = """
+import mxnet as mx, random, numpy as np
+from mxnet import gluon, nd
+STOP, LOOKED = %r, []
+
+class Data(gluon.data.Dataset):
+    "Each example is changed a little by every generator there is."
+    def __init__(self, x, y):
+        self.x, self.y = x.astype('float32'), y.astype('float32')
+    def __len__(self):
+        return len(self.y)
+    def __getitem__(self, i):
+        noise = [random.random(), np.random.rand(), float(nd.random.uniform().asscalar())]
+        return self.x[i] + np.float32(sum(noise) if ALONE else 0), self.y[i : i + 1]
+
+DATA = lambda x, y: gluon.data.DataLoader(Data(x, y), 10, shuffle=True, num_workers=0 if ALONE else 2)
+UNPACK, TESTED = (lambda batch: batch), (lambda data: data)
+"""
+
+GENERATOR = """
+import mxnet as mx, random
+from mxnet import nd
+STOP, LOOKED = %r, []
+
+class Shuffled:
+    "As in the first chapters of d2l; len() is said to be unknown."
+    def __init__(self, x, y):
+        self.x, self.y = x.astype('float32'), y.astype('int64')
+    def __len__(self):
+        raise TypeError('unknown')
+    def __iter__(self):
+        order = list(range(90))
+        random.shuffle(order)
+        for i in range(0, 90, 10):
+            chosen = order[i : i + 10]
+            yield {'features': [nd.array(self.x[chosen])], 'label': nd.array(self.y[chosen])}
+
+DATA, UNPACK = Shuffled, lambda batch: (batch['features'][0], batch['label'])
+TESTED = lambda data: map(UNPACK, data)
+"""
+
+ITERATOR = """
+import mxnet as mx
+STOP, LOOKED = %r, []
+DATA = lambda x, y: mx.io.NDArrayIter(x, y, 25)  # 100 with the padding
+UNPACK, TESTED = (lambda batch: (batch.data[0], batch.label[0])), (lambda data: data)
+"""
+
+
+@pytest.mark.parametrize(
+    'head',
+    [f'ALONE = True\n{LOADER}', f'ALONE = False\n{LOADER}', GENERATOR, ITERATOR],
+    ids=['a loader', 'its processes', 'a generator of dicts', 'NDArrayIter'],
+)
+def test_a_resumed_run_on_ones_own_data_is_the_unbroken_run(tmp_path, head):
+    """Every example once in an epoch, in an order of its own, the same whenever the seed is."""
+    results = []
+    for name, stops in (('unbroken', [None]), ('broken', [[2, 2], None])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for stop, typed in zip(stops, ('ti 3 lr 0.05\n开始\n', '继续\n')):
+            output = in_terminal(folder, OWN_LOOP, typed, head=head % (stop,))
+            assert ('第 2 轮到第 3/' in output) == (name == 'broken')
+        [path] = folder.glob('runs/*/last.zip')
+        results.append((parameters(str(path)), utils.read_checkpoint(str(path))))
+    (whole, whole_state), (broken, broken_state) = results
+    assert len(whole) == 4 and all(np.array_equal(whole[name], broken[name]) for name in whole)
+    assert whole_state['losses'].points == broken_state['losses'].points
+    assert len(whole_state['losses'].points) == 12 if head is ITERATOR else 27
+    assert [row[:4] for row in whole_state['history']] == [row[:4] for row in broken_state['history']]
+    assert all(0 <= row[2] <= 1 and 0.2 < row[1] < 2.5 for row in whole_state['history'])
+
+
+DRAWING = """
+    import numpy, random
+    from mxnet import gluon, nd
+    loader = gluon.data.DataLoader(gluon.data.ArrayDataset(list(range(20))), 20, shuffle=True)
+    utils.lock_start()
+    orders = [batch.asnumpy().astype(int).tolist() for _ in range(2) for batch in loader]
+    print('DRAWN', numpy.random.rand(), random.random(), nd.random.uniform().asscalar(), *orders, flush=True)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_same_seed_draws_the_same_without_progress(tmp_path):
+    drawn = []
+    for seed in ('0', '0', '1'):
+        output = in_terminal(tmp_path, DRAWING, '开始\n', '--seed', seed)
+        drawn += re.findall('DRAWN (.*)', output)
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 2
+    first, second = re.findall(r'\[.*?\]', drawn[0])
+    assert first != second and sorted(json.loads(first)) == list(range(20))
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    def draw(*numbers):
+        utils.seed_epoch(*numbers)
+        return np.random.rand(), random.random(), float(nd.random.uniform().asscalar())
+
+    drawn = [draw(seed, epoch) for seed in (0, 1, -1, 2**40) for epoch in (0, 1, 2)]
+    assert drawn == [draw(seed, epoch) for seed in (0, 1, -1, 2**40) for epoch in (0, 1, 2)]
+    assert all(len(set(column)) == len(drawn) for column in zip(*drawn))
+
+
+def test_a_length_that_nobody_knows_is_asked_for(tmp_path):
+    output = in_terminal(
+        tmp_path, 'utils.lock_start(); utils.chat_inf(wechat_name, 1, 1, 1, iter([]), 1)', '开始\n', status=1
+    )
+    assert 'TypeError: 不知道这一轮有几批：train_data 没有 len()' in output
+
+
+SWITCHED = """
+    import mxnet as mx
+    print('SWITCHES', mx.util.is_np_array(), mx.util.is_np_shape(), mx.autograd.is_training(),
+          mx.current_context(), threading.current_thread() is threading.main_thread(), flush=True)
+    train_data, test_data = utils.load_data_fashion_mnist(params[2])
+    net = mx.gluon.nn.HybridSequential()
+    net.add(mx.gluon.nn.Flatten(), mx.gluon.nn.Dense(10))
+    utils.speed_up(net)
+    net.initialize()
+    trainer = mx.gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1}, utils.store())
+    loss_fn = mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    epoch, train_loss, train_acc = utils.load_checkpoint(net, trainer)
+    utils.lock_start()
+    for data, label in train_data:
+        data, label = (array.as_in_context(mx.current_context()) for array in (data, label))
+        with mx.autograd.record():
+            output = net(data)
+            loss = loss_fn(output, label)
+        loss.backward()
+        trainer.step(utils.total(data.shape[0]))
+        train_acc += utils.accuracy(output, label)
+        train_loss += utils.batch_loss(loss)
+    test_acc = utils.evaluate_accuracy(test_data, net, [mx.current_context()])
+    utils.chat_inf(wechat_name, 1, train_loss, train_acc, train_data, test_acc)
+    utils.save_checkpoint(net, trainer, 1, train_loss, train_acc)
+    utils.lock_end(wechat_name)
+"""
+
+
+@pytest.mark.parametrize('how', ['as a script', 'by two processes', 'in another thread'])
+def test_the_switches_of_a_script_are_its_nn_trains(tmp_path, how):
+    """npx.set_np(), the device, training mode: MXNet keeps them for each thread."""
+    head = 'import mxnet as mx\nmx.npx.set_np(); mx.cpu(1).__enter__(); mx.autograd.set_training(True)'
+    main = WITH_OPTIONS.replace('itchat.run()', 'itchat.run(blockThread=False); threading.Event().wait()')
+    main = main if how == 'in another thread' else WITH_OPTIONS
+    options = ('--workers', '2') if how == 'by two processes' else ()
+    script = own_script(tmp_path, SWITCHED, main, head)
+    with Program(tmp_path, '--demo', *options, script=script) as program:
+        status, output = program.types('bs 500\n开始\n')
+    assert status == 0, output
+    assert f'SWITCHES True True True cpu(1) {how != "in another thread"}' in output
+    assert '第 1/2 轮' in output and output.count('speed_up：') <= 2
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -2791,6 +3163,16 @@ FORKING = """
     if not child:
         time.sleep(3600)
     print('CHILD', child, os.getcwd(), threading.current_thread() is threading.main_thread(), flush=True)
+    woken, wake = os.pipe()
+    other = os.fork()
+    if not other:  # a signal comes to another thread, as it may in a DataLoader's worker
+        threading.Thread(target=time.sleep, args=(3600,)).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        os.write(wake, b'!')
+        time.sleep(3600)
+    os.read(woken, 1)
+    os.kill(other, signal.SIGTERM)
+    print('ENDED', os.waitpid(other, 0)[1], flush=True)
     os.chdir('/')
     data = gluon.data.ArrayDataset(list(range(20)))
     loader = gluon.data.DataLoader(data, 5, num_workers=1)
@@ -2804,12 +3186,15 @@ FORKING = """
 
 def test_what_works_in_a_script_works_in_nn_train(wechat, tmp_path):
     """The main thread, workers, another folder; nothing that it has started outlives it."""
-    script = own_script(tmp_path, FORKING, head='from mxnet import gluon\nprint("HEAD", flush=True)')
+    script = own_script(
+        tmp_path, FORKING, head='import signal\nfrom mxnet import gluon\nprint("HEAD", flush=True)'
+    )
     with Program(tmp_path, env=wechat.env(), script=script) as program:
         wechat.ready()
         wechat.ask('开始')
         wechat.wait_text('第 1/2 轮')
         assert program.output().count('HEAD') == 1 and 'SUM 190.0' in program.output()
+        assert f'ENDED {signal.SIGTERM:d}' in program.output()
         child = int(re.search(f'CHILD (\\d+) {tmp_path} True', program.output())[1])
         wechat.wait(lambda: list(tmp_path.glob('runs/*/log.csv')))
         assert (tmp_path / 'itchat.pkl').exists()
@@ -2874,7 +3259,7 @@ def test_a_terminal_that_nobody_reads_holds_up_nothing(wechat, images, tmp_path)
         """,
     )
     master, slave = os.openpty()
-    env = {**os.environ, **wechat.env(), 'PYTHONPATH': HERE}
+    env = {**os.environ, **wechat.env(), 'PYTHONPATH': HERE, 'TERM': 'xterm'}
     process = subprocess.Popen(
         [sys.executable, script], cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=slave
     )
@@ -2895,7 +3280,7 @@ def test_a_terminal_that_nobody_reads_holds_up_nothing(wechat, images, tmp_path)
         assert process.wait(DEADLINE) == 129
         assert wechat.wait_text('训练已停止')
         lines = os.read(master, 10**6).decode(errors='replace')
-        assert 'x' * 1000 in lines
+        assert 'x' * 50 in lines
     finally:
         process.kill()
         os.close(master)
@@ -3116,6 +3501,148 @@ def test_a_full_disk_does_not_cost_the_memory(wechat, tmp_path):
                     pass
     finally:
         subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+# ------------------------------------------------------------------------------ the terminal is a chat
+
+PRINTING = """
+    while utils.lock_start() and not os.path.exists('enough'):
+        for i in utils.progress(range(20)):
+            print('LINE', i)
+            time.sleep(0.01)
+        utils.chat_inf(wechat_name, utils.run.epochs + 1, 1, 1, [0], 0.5)
+    print('HALF', end='', flush=True)
+    while not os.path.exists('whole'):
+        time.sleep(0.01)
+    print(' WHOLE')
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_prompt_stays_while_much_is_printed(tmp_path):
+    """What is typed, pasted, completed, said before; a half line, the bar, the memory, the modes."""
+    with AtTerminal(tmp_path, '--console', script=own_script(tmp_path, PRINTING)) as program:
+        program.sees('^>$')
+        assert not program.echoes()
+        program.press('ti 99999\r', '^> ti 99999.*ti = 99999.*^>$')
+        since = program.press('开始\r', '^> 开始.*LINE 3.*^>\n第 1 轮:')
+        program.press('lr 0.0', r'^> lr 0\.0\n第 \d+ 轮:')
+        program.press('', r'(LINE 19.*){3}^> lr 0\.0\n第 \d+ 轮: .*/20.*\Z')  # the bar is below it
+        program.press('25\r', r'^> lr 0\.025\n.*lr = 0\.025')
+        (tmp_path / 'enough').touch()
+        program.sees('^>\nHALF', since)
+        (tmp_path / 'whole').touch()
+        program.sees('^HALF WHOLE\n.*训练完成.*^>$', since)
+        lines = [line for line in program.output(since).split('\n') if 'LINE' in line]
+        assert lines == [f'LINE {i % 20}' for i in range(len(lines))]  # none lost, none glued to another
+        program.press('stat\t\r', '^> status\n空闲.*^>$')
+        program.press('\x1b[A\r', '^> status\n空闲.*^>$')
+        since = program.press('\x1b[200~ti 7\nlr 0.5\n状态\x1b[201~', '^> ti 7\nlr 0.5\n状态$')
+        program.press('\r', 'ti = 7.*空闲.*ti = 7.*^>$')
+        program.press('什么\r', '^> 什么\n没有这个命令')
+        with open(f'/proc/{program.process.pid}/status') as f:
+            assert int(re.search(r'VmHWM:\s+(\d+)', f.read())[1]) < 60 * 1024
+        program.press('\x04')
+        assert program.process.wait(DEADLINE) == 0 and program.echoes()
+    with AtTerminal(tmp_path, '--console', script=own_script(tmp_path, PRINTING)) as program:
+        program.sees('^>$')
+        program.press('\x1b[A', '^> ti 7\nlr 0.5')  # what was said in the program before
+        program.press('\x03')
+        assert program.process.wait(DEADLINE) == 130 and program.echoes()
+        assert not re.search('^>', program.output(), re.M)
+
+
+@pytest.mark.parametrize('term', ['xterm', 'dumb'])
+def test_what_is_typed_beside_a_chat_is_the_owners(wechat, tmp_path, term):
+    """It is answered in the terminal, also without a network; the reports go to the owner's phone."""
+    script = own_script(tmp_path, WAITING)
+    with AtTerminal(tmp_path, env=wechat.env(), script=script, term=term, before=QUICK) as program:
+        wechat.wait(lambda: wechat.receiving)
+        program.sees('^>$' if term == 'xterm' else '已登录')
+        if term == 'xterm':
+            program.press('\x04')  # Ctrl-D ends nothing
+        program.press('ti 7\n', 'ti = 7')
+        program.press('lr 0.3\n', 'lr = 0.3')
+        program.press('你好\n', '没有这个命令')
+        assert wechat.sent == []
+        wechat.breaking = lambda name: 'drop'
+        program.sees('微信断开了')
+        program.press('开始\n', '开始训练\n.*lr = 0.3')
+        wechat.breaking = lambda name: None
+        program.press('状态\n', '训练中')
+        program.press('停止\n', '这一批算完就停')
+        assert wechat.wait_text('', 'filehelper').startswith('训练已停止')
+        wechat.says('B', 'lr 0.2')  # the owner has commanded: others need the owner's word
+        wechat.wait_text('想下命令', 'filehelper')
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(DEADLINE) == 130 and program.echoes()
+
+
+def test_a_shells_jobs(wechat, tmp_path):
+    """In the background it goes on; after Ctrl-Z and fg, what stood at the prompt is there again."""
+    shell = "import os; os.execlp('sh', 'sh', '-im')"
+    env = {**wechat.env(), 'PS1': 'SHELL$ ', 'ENV': '/dev/null', 'PYTHONPATH': HERE}
+    with AtTerminal(tmp_path, env=env, python=('-c', shell), script='') as program:
+        program.sees('SHELL')
+        program.press(f'{sys.executable} {HERE}/wechat_train.py &\n')
+        wechat.ready()
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+        program.press('jobs\n', 'Running')
+        program.press('fg\n', '^>$')
+        program.press('lr 0.0', r'^> lr 0\.0')
+        for _ in range(2):
+            program.press('\x1a', 'Stopped')
+            program.press('fg\n', r'^> lr 0\.0')
+        modes = termios.tcgetattr(program.master)
+        modes[3] |= termios.ECHO | termios.ICANON  # as a shell does after kill -STOP
+        termios.tcsetattr(program.master, termios.TCSANOW, modes)
+        deadline = time.monotonic() + DEADLINE
+        while program.echoes():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        program.press('25\r', r'lr = 0\.025')
+        program.press('\x03', 'SHELL')
+        program.press('echo STATUS $?\n', 'STATUS 130')
+
+
+@pytest.mark.parametrize('signals', [1, 2])
+def test_a_prompt_that_nobody_reads_holds_up_nothing(wechat, images, tmp_path, signals):
+    """Ctrl-S; then Ctrl-C. The terminal has its modes back, though it does not read."""
+    script = own_script(
+        tmp_path,
+        """
+        while utils.lock_start():
+            print('x' * 1000)
+            utils.chat_inf(wechat_name, utils.run.epochs + 1, 1, 1, [0], 0.5)
+        """,
+    )
+    with AtTerminal(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        program.sees('^>$')
+        wechat.ask('ti 100000')
+        wechat.ask('安静')
+        program.press('\x13')
+        wechat.ask('开始')
+        [log] = wechat.wait(lambda: list(tmp_path.glob('runs/*/log.csv')))
+        deadline = time.monotonic() + DEADLINE
+        while len(log.read_text().splitlines()) < 300:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert 'lr = 0.1' in wechat.ask('lr 0.1')
+        assert not program.echoes()
+        program.process.send_signal(signal.SIGTERM)
+        if signals == 2:
+            os.kill(trainer_of(program), signal.SIGSTOP)  # it does not end by itself
+            time.sleep(1.1)  # the moment is the point: a second one that comes later ends at once
+            program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(DEADLINE) == 143
+        assert program.echoes()
+
+
+def test_input_that_is_empty_is_told(tmp_path):
+    with Program(tmp_path, '--console') as program:
+        status, output = program.types('')
+    assert status == 0 and '输入是空的' in output and 'nohup' in output
 
 
 # ------------------------------------------------------------------------------- what people really write
@@ -4113,7 +4640,7 @@ def test_a_terminal_that_goes_away(wechat, images, tmp_path, ignored):
     except OSError:
         pytest.skip('this system has no terminals')
     script = os.path.join(HERE, 'wechat_train.py')
-    env = {**os.environ, **wechat.env(), 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, **wechat.env(), 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'}
 
     def in_terminal():
         os.setsid()
@@ -4870,7 +5397,7 @@ def test_to_go_back_is_promised_only_where_it_can_be_done(wechat, tmp_path):
         wechat.ready()
         wechat.ask('ti 2')
         wechat.ask('开始')
-        assert wechat.ask('回退') == '没有可以回去的检查点：有过一轮以后才有。训练接着做。'
+        assert wechat.ask('回退') == '没有可以回去的检查点：有过一轮、量过好坏以后才有。训练接着做。'
         assert '训练中' in wechat.ask('状态')
         wechat.says('B', '', MsgType=3)
         assert '完成 2/2 轮' in wechat.wait_text('训练完成')
@@ -5172,7 +5699,7 @@ class Model:
             raise InterruptedError
         if what in ('停止', '回退'):
             if what == '回退' and not run['best_zip']:
-                self.tell('没有可以回去的检查点：有过一轮以后才有。训练接着做。')
+                self.tell('没有可以回去的检查点：有过一轮、量过好坏以后才有。训练接着做。')
                 return True
             again = run['reason'] and run['reason'] != '早停'
             run['rolling'] |= what == '回退'
@@ -5323,6 +5850,240 @@ def test_what_is_told_of_any_run_is_what_a_simple_model_says(part, tmp_path):
                 time.sleep(0.01)
 
 
+# ------------------------------------------------------------- scripts of other people, as they write them
+
+HOLDING = """
+held = 0
+
+def holding(function):  # the second run waits in its middle for 停止
+    def wrapped(*args):
+        global held
+        held += 1
+        if held == HOLD:
+            print('HELD', flush=True)
+            while utils.running:
+                time.sleep(0.01)
+        return function(*args)
+    return wrapped
+
+utils.batch_loss = holding(utils.batch_loss)
+"""
+
+REGRESSION = """
+from mxnet import autograd, gluon, init, nd
+from mxnet.gluon import nn
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    features = nd.random.normal(shape=(64, 2))
+    labels = nd.dot(features, nd.array([[2], [-3.4]])) + 4.2
+    dataset = gluon.data.ArrayDataset(features, labels)
+    train_data = gluon.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=1)
+    net = nn.Dense(1)
+    net.initialize(init.Normal(0.01))
+    square_loss = gluon.loss.L2Loss()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})
+    utils.best_by('rmse', lower=True)
+    epoch, train_loss, _ = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for data, label in utils.progress(train_data):
+            trainer.set_learning_rate(utils.params()[0])
+            with autograd.record():
+                loss = square_loss(net(data), label)
+            loss.backward()
+            trainer.step(data.shape[0])
+            train_loss += utils.batch_loss(loss)
+        rmse = ((net(features) - labels) ** 2).mean().sqrt().asscalar()
+        utils.chat_inf(wechat_name, epoch, train_loss, None, train_data, None, rmse=rmse)
+        epoch, train_loss, _ = utils.save_checkpoint(net, trainer, epoch, train_loss, 0)
+    utils.lock_end(wechat_name)
+"""
+
+GAN = """
+from mxnet import autograd, gluon, init, nd
+from mxnet.gluon import nn
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    X = nd.dot(nd.random.normal(shape=(64, 2)), nd.array([[1, 2], [-0.1, 0.5]])) + nd.array([1, 2])
+    train_data = gluon.data.DataLoader(gluon.data.ArrayDataset(X), batch_size, shuffle=True)
+    net_G = nn.Sequential()
+    net_G.add(nn.Dense(2))
+    net_D = nn.Sequential()
+    net_D.add(nn.Dense(5, activation='tanh'), nn.Dense(3, activation='tanh'), nn.Dense(1))
+    for net in (net_G, net_D):
+        net.initialize(init.Normal(0.02), force_reinit=True)
+    loss = gluon.loss.SigmoidBCELoss()
+    trainer_G = gluon.Trainer(net_G.collect_params(), 'adam', {'learning_rate': learning_rate / 10})
+    trainer_D = gluon.Trainer(net_D.collect_params(), 'adam', {'learning_rate': learning_rate})
+    average = {'generator': None}
+    nets, trainers = [net_G, net_D], [trainer_G, trainer_D]
+    epoch, loss_D, _ = utils.load_checkpoint(nets, trainers, average)
+    print('AVERAGE', average['generator'], flush=True)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for X in utils.progress(train_data):
+            n = X.shape[0]
+            Z = nd.random.normal(0, 1, shape=(n, 2))
+            with autograd.record():
+                fake = net_G(Z)
+                l_D = (loss(net_D(X), nd.ones((n,))) + loss(net_D(fake.detach()), nd.zeros((n,)))) / 2
+            l_D.backward()
+            trainer_D.step(n)
+            with autograd.record():
+                l_G = loss(net_D(net_G(Z)), nd.ones((n,)))
+            l_G.backward()
+            trainer_G.step(n)
+            loss_D += utils.batch_loss(l_D)
+            weight = net_G[0].weight.data()
+            before = average['generator']
+            average['generator'] = weight if before is None else (before + weight) / 2
+        utils.chat_inf(wechat_name, epoch, loss_D, None, train_data)
+        epoch, loss_D, _ = utils.save_checkpoint(nets, trainers, epoch, loss_D, 0, average)
+    utils.lock_end(wechat_name)
+"""
+
+SCHEDULED = """
+from mxnet import autograd, gluon, lr_scheduler, nd
+from mxnet.gluon import nn
+
+def train_epoch(net, loss, trainer, train_data, sums):
+    for data, label in utils.progress(train_data):
+        trainer.optimizer.wd = utils.chat_param('wd', 1e-4)
+        with autograd.record():
+            output = net(data)
+            l = loss(output, label)
+        l.backward()
+        trainer.step(data.shape[0])
+        sums[0] += utils.batch_loss(l)
+        sums[1] += utils.accuracy(output, label)
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    X = nd.random.normal(shape=(96, 4))
+    y = (X.sum(axis=1) > 0).reshape((-1, 1))  # labels of shape (N, 1)
+    parts = [gluon.data.ArrayDataset(X[i : i + 32], y[i : i + 32]) for i in (0, 32, 64)]
+    train_data = gluon.data.DataLoader(parts[0], batch_size, shuffle=True)
+    valid, unseen = (gluon.data.DataLoader(part, 32) for part in parts[1:])
+    net = nn.HybridSequential()
+    net.add(nn.Dense(8, activation='relu'), nn.Dropout(0.1), nn.Dense(2))
+    net.initialize()
+    net.hybridize()
+    scheduler = lr_scheduler.FactorScheduler(step=5, factor=0.5, base_lr=learning_rate)
+    how = {'learning_rate': learning_rate, 'lr_scheduler': scheduler}
+    trainer = gluon.Trainer(net.collect_params(), 'adam', how)
+    loss = gluon.loss.SoftmaxCrossEntropyLoss()
+    epoch, *sums = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        train_epoch(net, loss, trainer, train_data, sums)
+        test_acc = utils.evaluate_accuracy(valid, net)
+        numbers = {'unseen': utils.evaluate_accuracy(unseen, net)}
+        utils.chat_inf(wechat_name, epoch, *sums, train_data, test_acc, **numbers)
+        epoch, *sums = utils.save_checkpoint(net, trainer, epoch, *sums)
+    utils.lock_end(wechat_name)
+"""
+
+ESTIMATOR = """
+import mxnet as mx
+from mxnet import gluon, nd
+from mxnet.gluon import nn
+from mxnet.gluon.contrib.estimator import estimator
+
+def nn_train(wechat_name, params):
+    learning_rate, training_iters, batch_size = params
+    X = nd.random.normal(shape=(96, 4))
+    y = X.sum(axis=1) > 0
+    train_data = gluon.data.DataLoader(gluon.data.ArrayDataset(X[:64], y[:64]), batch_size, shuffle=True)
+    val_data = gluon.data.DataLoader(gluon.data.ArrayDataset(X[64:], y[64:]), batch_size)
+    net = nn.Sequential()
+    net.add(nn.Dense(8, activation='relu'), nn.Dense(2))
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': learning_rate})
+    loss = gluon.loss.SoftmaxCrossEntropyLoss()
+    est = estimator.Estimator(net, loss, mx.metric.Accuracy(), trainer=trainer)
+    est.logger.setLevel('ERROR')
+    est.fit(train_data, val_data, epochs=training_iters, event_handlers=[utils.ChatHandler(wechat_name)])
+"""
+
+
+@pytest.mark.parametrize('name', ['REGRESSION', 'GAN', 'SCHEDULED', 'ESTIMATOR'])
+def test_scripts_as_people_write_them(name, wechat, tmp_path):
+    """A run; one that is stopped in its middle and gone on with: equal to the bit; 状态, 回退, 曲线."""
+    script, batches = tmp_path / 'theirs.py', 4
+    draws = name in (
+        'GAN',
+        'SCHEDULED',
+    )  # random numbers in the loop, which come again from epoch to epoch only
+    hold = 4 * batches + (0 if draws else 2)
+    head = f'import utils, itchat, os, sys, threading, time\nHOLD = {hold}\n{HOLDING}'
+    script.write_text(head + globals()[name] + MAIN)
+    with Program(tmp_path, env=wechat.env(), script=str(script)) as program:
+        wechat.ready()
+        wechat.ask({'SCHEDULED': 'ti 3 bs 8', 'GAN': 'ti 3 bs 16 lr 0.05'}.get(name, 'ti 3 bs 16 lr 0.1'))
+        for word, end in (('开始', '训练完成'), ('开始', '训练已停止'), ('继续', '训练完成')):
+            since = len(wechat.heard())
+            assert word in wechat.ask(word)
+            if end == '训练已停止':
+                program.wait_output('HELD')
+                assert f'第 {2 - draws} 轮到第 {1 + 2 * draws}/4 批' in wechat.ask('状态')
+                wechat.ask('停止')
+            told = wechat.wait_text(end, since=since)
+        assert '完成 3/3 轮' in told
+        wechat.wait_picture(since=since)
+        whole, broken = [read_parts(path / 'last.zip') for path in sorted(tmp_path.glob('runs/*'))]
+        assert whole.keys() == broken.keys()
+        assert all(np.array_equal(whole[key], broken[key]) for key in whole), program.output()
+        SEEN_AT_THE_END[name](wechat, program, told)
+        back = '没有可以回去的检查点' if name == 'GAN' else '回到了第'  # which was best, nobody has measured
+        assert back in wechat.ask('回退')
+        since = len(wechat.heard())
+        wechat.says('B', '曲线 2')
+        wechat.wait_picture(since=since)
+
+
+def read_parts(path):
+    """Return all arrays of all networks in a checkpoint, and those of what else it keeps."""
+    found, folder = {}, path.parent / 'unpacked'
+    with zipfile.ZipFile(path) as checkpoint:
+        checkpoint.extractall(folder)
+    for part in sorted(folder.glob('*.params')):
+        found.update({(part.name, key): value.asnumpy() for key, value in nd.load(str(part)).items()})
+    with np.load(folder / 'extra.npz') as arrays:
+        found.update({('extra', key): arrays[key] for key in arrays})
+    return found
+
+
+def see_regression(wechat, program, told):
+    report = [text for text in wechat.heard() if str(text).startswith('第 3/3 轮')][0]
+    assert re.fullmatch(r'第 3/3 轮\n损失 \S+\nrmse \S+\n用时 .*', report)
+    assert re.search(r'最好的rmse \S+（第 3 轮）', told) and '精度' not in told + wechat.ask('状态')
+
+
+def see_gan(wechat, program, told):
+    assert program.output().count('AVERAGE None') == 2 and 'AVERAGE \n[[' in program.output()
+    assert '不在检查点里' not in ''.join(filter(lambda text: isinstance(text, str), wechat.heard()))
+
+
+def see_scheduled(wechat, program, told):
+    rates = [re.search('学习率 (.*)', text)[1] for text in wechat.heard() if str(text).startswith('第 ')]
+    assert rates == ['0.5', '0.25', '0.125'] * 2  # four batches an epoch, half after five
+    assert 'unseen' in wechat.ask('状态') and 'wd = 0.0001' in wechat.ask('参数')
+    assert 'wd 0.0001：训练函数自己的值' in wechat.ask('帮助')
+    assert 'wd = 0.01' in wechat.ask('wd 0.01') and '不行：wd 要是不小于 0 的数' in wechat.ask('wd -1')
+
+
+def see_estimator(wechat, program, told):
+    report = [text for text in wechat.heard() if str(text).startswith('第 3/3 轮')][0]
+    assert re.fullmatch(r'第 3/3 轮\n损失 \S+\n训练精度 \S+\n测试精度 \S+\n用时 .*', report)
+
+
+SEEN_AT_THE_END = {
+    'REGRESSION': see_regression,
+    'GAN': see_gan,
+    'SCHEDULED': see_scheduled,
+    'ESTIMATOR': see_estimator,
+}
+
+
 # ----------------------------------------------------------------------------------------- its files
 
 
@@ -5413,12 +6174,158 @@ def test_as_many_images_as_labels(images, tmp_path):
     assert status == 1 and '600 张图' in output and '599 个标签' in output
 
 
-def test_negative_losses_fit_into_the_curve(tmp_path):
+BLUE, ORANGE, PURPLE = (31, 119, 180), (255, 127, 14), (148, 103, 189)
+
+
+def picture_of(path, draw, *args, **how):
+    """Let draw() draw a picture, without any warning; return it as an array (height, width, 3)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)  # a character that the font lacks is one
+        draw(*args, path=path, **how)
+    with Image.open(path) as image:
+        assert image.width == 800  # a phone shows it on 390
+        return np.asarray(image.convert('RGB')).astype(int)
+
+
+def rows_with(picture, colour):
+    """Return the rows of pixels in which a colour is, and how many of them are."""
+    near = np.abs(picture - colour).sum(axis=2) < 60
+    return np.flatnonzero(near.any(axis=1)), near.sum()
+
+
+@pytest.mark.parametrize('scale', [1, -1, 1e-6, 1e6])
+def test_losses_fit_into_the_curve(tmp_path, scale):
+    """Of any size, a wild one among them: the line goes all over its panel, and so do two epochs."""
     path = str(tmp_path / 'curve.png')
-    losses = [(i / 10, -3 - i / 100) for i in range(20)]
-    utils.draw_curve(path, [(1, -3.05, 0.5, 0.5), (2, -3.1, 0.6, 0.6)], losses)
-    blue = np.asarray(Image.open(path).convert('RGB')).astype(int)[:520]
-    assert ((blue[..., 2] - blue[..., 0]) > 80).sum() > 500  # the line is inside
+    losses = [(i / 100, scale * (3 - i / 100)) for i in range(1, 201)]
+    losses[100], losses[120] = (1.01, 1e12 * scale), (1.21, math.nan)
+    history = [(1, 2.5 * scale, 0.5, 0.5), (2, 1.5 * scale, 0.6, 0.6)]
+    picture = picture_of(path, utils.draw_curve, history=history, losses=losses)
+    rows, many = rows_with(picture, BLUE)
+    assert many > 500 and np.ptp(rows[rows > 100]) > 150
+
+
+def test_accuracies_and_ones_own_numbers_fit_into_the_curve(tmp_path):
+    """Those that hardly differ, per cents, numbers of different sizes, each alone; no accuracy, no panel."""
+    path, heights = str(tmp_path / 'curve.png'), []
+    for accuracies in (
+        (0.970, 0.980, 0.990),
+        (60, 70, 80),
+        (1, 1, 1),
+        (None, 0.5, math.nan),
+        (0, 0, 0),
+        (None,) * 3,
+    ):
+        history = [(i, 1 / i, accuracy, accuracy, 0.1, 1) for i, accuracy in enumerate(accuracies, 1)]
+        picture = picture_of(path, utils.draw_curve, history=history, losses=[])
+        heights.append(len(picture))
+        rows, many = rows_with(picture, ORANGE)
+        if accuracies[0] in (0.970, 60):
+            assert np.ptp(rows[rows > len(picture) / 2 + 50]) > 200
+    assert heights[0] == heights[1] == heights[2] == heights[3] == 1040 and heights[4] == heights[5] < 700
+    assert not many
+    history = [(i, 1 / i, 0, 0, 0.1, 1) for i in (1, 2, 3)]
+    names = ('f1', 1e-3), ('召回率', 1e6), (r'_$\oops$', 1), ('\x07', -5)
+    numbers = [{name: i * size for name, size in names} for i in range(3)]
+    rows, _ = rows_with(
+        picture_of(path, utils.draw_curve, history=history, losses=[], numbers=numbers), PURPLE
+    )
+    panels = np.split(rows, np.flatnonzero(np.diff(rows) > 20) + 1)
+    assert len(panels) == 4 and all(np.ptp(panel) > 100 for panel in panels)
+
+
+def test_losses_without_progress_are_no_spikes(tmp_path):
+    """They all count for the end of their epoch: the picture is that of the same ones with progress()."""
+    path, values = str(tmp_path / 'curve.png'), [2 - i / 100 for i in range(100)]
+    places = [(i + 1) / 20 for i in range(100)]
+    pictures = [
+        picture_of(path, utils.draw_curve, history=[], losses=list(zip(x, values)))
+        for x in (places, np.ceil(places).tolist())
+    ]
+    assert (pictures[0] == pictures[1]).all()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 10), st.sampled_from(['restarted', 'back here', 'lr 0.1', 'lr 1e-05', 'lr 0.123456'])
+        ),
+        max_size=60,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_the_words_of_marks_never_cover_each_other(marks):
+    unit = 10 / 4.1 * 11 / 72 * 0.6  # the width of a letter
+    lanes = {}
+    for lane, start, text in utils.labels_of(marks, 10):
+        lanes.setdefault(lane, []).append((start, start + len(text) * unit))
+        assert 0 <= start and start + len(text) * unit <= 10.01
+    for places in lanes.values():
+        places.sort()
+        assert all(end <= start for (_, end), (start, _) in zip(places, places[1:]))
+    assert bool(lanes) == bool(marks)
+
+
+def write_font(path, text):
+    """Write a font in which each character of a text, and each of ASCII, is a black square."""
+    builder, pen = FontBuilder(1000, isTTF=True), TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 800), (900, 800), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    builder.setupGlyphOrder(['.notdef', 'square'])
+    builder.setupCharacterMap({ord(c): 'square' for c in text + ''.join(map(chr, range(32, 127)))})
+    builder.setupGlyf(dict.fromkeys(['.notdef', 'square'], pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(['.notdef', 'square'], (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({'familyName': 'Squares', 'styleName': 'Regular'})
+    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    builder.setupPost()
+    builder.save(path)
+
+
+DRAWING = """
+import sys, warnings
+warnings.simplefilter('error', UserWarning)
+import utils
+utils.draw_curve('curve.png', [(1, 2, 3, 4)], [], [(0.5, 'restarted')], [{'召回率': 1}])
+print(utils.in_picture('损失', 'loss'), utils.own_titles(['召回率', '精度', '轮', '轮']))
+"""
+
+
+def test_pictures_are_in_chinese_where_there_is_a_font_for_it(tmp_path):
+    """In the user's own fonts, say; a character that it lacks is no box and no warning."""
+    fonts = tmp_path / 'fonts'
+    fonts.mkdir()
+    write_font(fonts / 'wqy-microhei.ttf', '损失精度轮测试训练每批，')
+    env = {**os.environ, 'PYTHONPATH': HERE, 'MPLCONFIGDIR': matplotlib.get_configdir()}
+    for folder, words in ((tmp_path, "损失 ['own number 1', '精度', '轮 3', '轮 4']"), (tmp_path / 'no', '')):
+        env.update(XDG_DATA_HOME=str(folder), HOME=str(folder), PATH='/no/where')
+        done = subprocess.run(
+            [sys.executable, '-c', DRAWING],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert done.returncode == 0 and done.stderr == '', done.stderr
+        if words:
+            assert done.stdout.strip() == words
+        black = np.asarray(Image.open(tmp_path / 'curve.png').convert('L')) < 80
+        squares = sum(black[y : y + 12, x : x + 12].all() for y in range(0, 60, 4) for x in range(0, 780, 4))
+        assert (squares > 20) == bool(words)  # the title
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 7, 9, 16])
+def test_no_row_of_the_mistakes_is_empty(tmp_path, n):
+    mistakes = [(0.9, np.full((1, 28, 28), 0.2 + i / 100), 3, 4) for i in range(n)]
+    mistakes[0][1][0, 0, 0] = 1
+    picture = picture_of(str(tmp_path / 'mistakes.png'), utils.draw_mistakes, mistakes=mistakes)
+    dark = (picture.max(axis=2) < 250).any(axis=1)
+    gaps = np.diff(np.flatnonzero(np.concatenate([[True], dark, [True]])))
+    assert gaps.max() < 60  # pixels without anything
+    assert (picture.max(axis=2) < 200).mean() > 0.4
 
 
 def test_help_on_an_ascii_terminal(tmp_path):
@@ -5469,6 +6376,140 @@ def test_speed_up_of_a_network_of_numpy_arrays_compiles_it():
         utils.speed_up(net)
         net.initialize()
         assert net(mx.np.ones((2, 3))).shape == (2, 8) and net._cached_op is not None
+
+
+class Within(gluon.HybridBlock):
+    """A network that has the tutorial's within."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = cnn(nn.HybridSequential(), NETWORKS['the tutorial']), nn.Dense(3)
+
+    def hybrid_forward(self, F, x):
+        return self.outer(self.inner(x))
+
+
+@pytest.mark.parametrize('compiled_first', [False, True])
+def test_speed_up_within_another_network_that_is_compiled(compiled_first, capsys):
+    """It leaves it alone and says so once; outputs and gradients are the plain ones."""
+    net, data = Within(), nd.random.uniform(shape=(64, 1, 28, 28))
+    net.initialize()
+
+    def compute():
+        with autograd.record():
+            output = net(data)
+        output.backward()
+        return [output.asnumpy(), *(p.grad().asnumpy() for p in net.collect_params().values())]
+
+    plain = compute()
+    utils.speed_up(net.inner)
+    if compiled_first:
+        net.inner(data)
+    net.hybridize()
+    for _ in range(2):
+        assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(compute(), plain))
+    inner = net.inner(data).asnumpy()
+    net.inner(mx.sym.var('data'))
+    assert capsys.readouterr().out.count('speed_up：') == 1
+    net.hybridize(False)
+    assert np.abs(net.inner(data).asnumpy() - inner).max() < 1e-5
+    utils.speed_up(net)
+    assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(compute(), plain))
+
+
+def test_speed_up_of_a_network_that_was_a_symbol_first(tmp_path):
+    """Drawn before its first batch, exported, and imported again as a SymbolBlock."""
+    net, data = cnn(nn.HybridSequential(), NETWORKS['the tutorial']), nd.random.uniform(shape=(64, 1, 28, 28))
+    utils.speed_up(net)
+    net.initialize()
+    drawn = net(mx.sym.var('data')).list_arguments()
+    output = net(data).asnumpy()
+    assert net(mx.sym.var('data')).list_arguments() == drawn
+    net.export(str(tmp_path / 'net'))
+    paths = str(tmp_path / 'net-symbol.json'), ['data'], str(tmp_path / 'net-0000.params')
+    imported = gluon.SymbolBlock.imports(*paths)
+    utils.speed_up(imported)
+    for images in (data, data[:7]):
+        assert np.abs(imported(images).asnumpy() - output[: len(images)]).max() < 1e-5
+
+
+def test_speed_up_leaves_alone_what_cannot_be_compiled_and_says_so(capsys):
+    net, data = nn.Sequential(), nd.random.uniform(shape=(4, 6))
+    net.add(nn.Dense(3, activation='relu'))
+    net.initialize()
+    plain = net(data).asnumpy()
+    utils.speed_up(net, lambda output, label: output - label)
+    said = capsys.readouterr().out
+    assert 'Sequential 不是' in said and 'function 不是' in said and said.count('speed_up') == 2
+    assert np.array_equal(net(data).asnumpy(), plain) and not net._forward_pre_hooks
+
+
+class TwoInputs(gluon.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Dense(3, activation='relu')
+
+    def hybrid_forward(self, F, x, others):
+        return self.dense(x) * self.dense(others[0])
+
+
+class Overriding(gluon.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Dense(3)
+
+    def forward(self, x):
+        return self.dense(x).reshape((x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+    'make, inputs',
+    [
+        (TwoInputs, (nd.ones((2, 4)), [nd.ones((2, 4))])),
+        (Overriding, (nd.ones((2, 4)),)),
+        (nn.HybridSequential, (nd.ones((2, 4)),)),
+        (lambda: gluon.rnn.LSTM(3), (nd.ones((5, 2, 4)),)),
+        (lambda: gluon.model_zoo.vision.resnet18_v1(thumbnail=True), (nd.ones((2, 3, 32, 32)),)),
+    ],
+    ids=['several inputs, one a list', 'its own forward()', 'no layers', 'an LSTM', 'of the zoo'],
+)
+def test_speed_up_of_whatever_a_person_may_have(make, inputs):
+    net = make()
+    net.initialize()
+    plain = net(*inputs).asnumpy()
+    utils.speed_up(net)
+    assert all(np.abs(net(*inputs).asnumpy() - plain).max() < 1e-5 for _ in range(2))
+
+
+WITH_AMP = """
+import utils
+import numpy as np
+from mxnet import autograd, gluon, nd
+from mxnet.contrib import amp
+from mxnet.gluon import nn
+
+amp.init('bfloat16')
+net, loss = nn.HybridSequential(), gluon.loss.L2Loss()
+net.add(nn.Conv2D(20, 5), nn.MaxPool2D(), nn.Conv2D(20, 5), nn.MaxPool2D(), nn.Dense(10))
+utils.speed_up(net, loss)
+net.initialize()
+data, label = nd.random.uniform(shape=(64, 1, 28, 28)), nd.arange(64).reshape((64, 1)) % 10
+with autograd.record():
+    output = net(data)
+    mean = loss(output, output.zeros_like())
+mean.backward()
+share = utils.accuracy(output, label)
+print('BITS', np.dtype(output.dtype).itemsize * 8, 0 <= share <= 1, 0 < utils.batch_loss(mean) < 10)
+print('SAME', utils.evaluate_accuracy([(data, label)], net, utils.try_gpu()) == share)
+"""
+
+
+def test_mixed_precision(tmp_path):
+    (tmp_path / 'amp.py').write_text(WITH_AMP)
+    with Program(tmp_path, python=('-c', 'import runpy; runpy.run_path("amp.py")')) as program:
+        status, output = program.types('')
+    assert status == 0 and 'BITS 16 True True' in output and 'SAME True' in output, output
+    assert output.count('speed_up：') == 1
 
 
 def test_a_network_keeps_few_compiled_forms(monkeypatch):
@@ -6038,6 +7079,16 @@ def test_the_readme_counts_the_lines_that_differ_from_the_tutorial():
         assert f'{new} 行是教程没有的，教程有 {gone} 行这里没有' in f.read()
 
 
+def test_the_main_part_is_the_tutorials():
+    if not os.path.exists(TUTORIAL):
+        pytest.skip('the tutorial is not there')
+    parts = []
+    for path in (os.path.join(HERE, 'wechat_train.py'), TUTORIAL):
+        with open(path, encoding='utf-8') as f:
+            parts.append(f.read().rstrip().split("if __name__ == '__main__':\n")[1])
+    assert parts[0] == parts[1] and len(parts[0].splitlines()) == 3
+
+
 def code_of(path):
     """Return the lines of a script as ast writes them: without comments, docstrings, spaces and quotes."""
     with open(path, encoding='utf-8') as f:
@@ -6528,9 +7579,73 @@ TUTORIALS_CALLS = """
 
 
 def test_a_function_for_one_process_is_refused_by_several(tmp_path):
-    output = in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '2')
-    assert 'utils.store、utils.total、utils.accuracy、utils.batch_loss' in output and '第 1' not in output
+    output = in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '2', status=1)
+    assert 'utils.store、utils.total、utils.accuracy、utils.batch_loss' in output and '第 1/' not in output
     assert '训练完成' in in_terminal(tmp_path, TUTORIALS_CALLS, '开始\n', '--workers', '1')
+
+
+HIDDEN = """
+import functools
+from mxnet import autograd, gluon, nd
+from utils import store as summing
+tool, per_cent = utils, lambda *both: 100 * utils.accuracy(*both)
+
+def logged(function):
+    return lambda *args: function(*args)
+
+class Learner:
+    "Nothing that is called here can be seen in the code of what chat_supervisor() is given."
+    def __init__(self, missing=''):
+        self.missing = missing
+    @logged
+    def __call__(self, n, wechat_name, params):
+        self.net = gluon.nn.Dense(2)
+        self.net.initialize()
+        self.net.collect_params().setattr('grad_req', 'add')
+        kvstore = summing() if self.missing != 'store' else 'device'
+        self.trainer = gluon.Trainer(self.net.collect_params(), 'sgd', {'learning_rate': 0.1}, kvstore)
+        self.data = [{'x': nd.random.normal(shape=(n, 3)), 'y': nd.arange(n) % 2} for _ in range(4)]
+        self.epoch, *self.sums = utils.load_checkpoint(self.net, self.trainer)
+        while utils.lock_start() and self.epoch <= 2:
+            self.train_epoch()
+            utils.chat_inf(wechat_name, self.epoch, *self.sums, self.data, 0.5)
+            self.epoch, *self.sums = utils.save_checkpoint(self.net, self.trainer, self.epoch, *self.sums)
+        utils.lock_end(wechat_name)
+    def train_epoch(self):
+        for i, batch in enumerate(utils.progress(self.data)):
+            print('ROWS', len(batch['x']), len(batch['y']), flush=True)
+            with autograd.record():
+                output = self.net(batch['x'])
+                loss = gluon.loss.SoftmaxCrossEntropyLoss()(output, batch['y'])
+            loss.backward()
+            self.sums[0] += tool.batch_loss(loss)
+            self.sums[1] += per_cent(output, batch['y']) / 100 if self.missing != 'accuracy' else 0.5
+            if i % 2 or self.missing:  # the gradients of two batches
+                self.step(2 * (tool.total(len(batch['x'])) if self.missing != 'total' else 8))
+    def step(self, n):
+        self.trainer.step(n)
+        self.net.collect_params().zero_grad()
+"""
+
+
+def hidden(folder, train):
+    main = WITH_OPTIONS.replace('nn_train)', f'functools.partial({train}, 8))')
+    script = own_script(folder, 'pass', main, HIDDEN)
+    with Program(folder, '--console', '--workers', '2', script=script) as program:
+        return program.types('开始\n')
+
+
+def test_what_a_function_calls_counts_not_how_it_is_written(tmp_path):
+    status, output = hidden(tmp_path, 'Learner()')
+    assert status == 0 and '训练完成\n完成 2/2 轮' in output, output
+    assert output.count('ROWS 4 4') == 8  # the other process prints nowhere
+
+
+@pytest.mark.parametrize('missing, batches', [('total', 1), ('accuracy', 4)])
+def test_what_is_missing_is_told_after_the_first_batch(tmp_path, missing, batches):
+    status, output = hidden(tmp_path, f'Learner({missing!r})')
+    assert status == 1 and f'训练函数要调用 utils.{missing}（见 README）' in output, output
+    assert output.count('ROWS') == batches and '第 1/2 轮' not in output
 
 
 OWN_DATA = """
@@ -6575,6 +7690,18 @@ def test_ones_own_data_among_several_processes(tmp_path):
     assert len(accuracies) == 2 and all(0 <= float(accuracy) <= 1 for accuracy in accuracies)
 
 
+@pytest.mark.parametrize('head', [GENERATOR, ITERATOR], ids=['dicts', 'NDArrayIter'])
+def test_batches_of_any_kind_are_divided_among_processes(tmp_path, head):
+    told = []
+    for n in ('1', '2'):
+        folder = tmp_path / n
+        folder.mkdir()
+        in_terminal(folder, OWN_LOOP, 'ti 2 lr 0.05\n开始\n', '--workers', n, head=head % (None,))
+        with open(next(folder.glob('runs/*/log.csv'))) as f:
+            told.append([[float(row[i]) for i in (1, 2, 3)] for row in list(csv.reader(f))[1:]])
+    assert np.shape(told) == (2, 2, 3) and np.abs(np.subtract(*told)).max() < 0.02
+
+
 def test_different_data_are_told(tmp_path):
     head = 'SIZES, SHAPE = (4,) * (2 + (utils.role == "follows")), (2,)'
     output = in_terminal(tmp_path, OWN_DATA, '开始\n', '--workers', '2', head=head, status=1)
@@ -6594,6 +7721,117 @@ def test_wrong_options_of_several_processes(tmp_path, options, why):
     with Program(tmp_path, *options.split()) as program:
         status, output = program.types('')
     assert status == 2 and why in output
+
+
+# -------------------------------------------------------------------------------------- notebooks
+
+CELLS = """
+import contextlib, utils, itchat, sys, threading, time
+import mxnet as mx
+sys.argv = ['ipykernel_launcher.py', '-f', 'kernel.json']
+utils.Remote.ORPHANED = 0.5
+STUCK, WHO = False, 'first'
+
+def nn_train(wechat_name, params):
+    epoch = 1
+    print('TRAINS', WHO, mx.util.is_np_array(), threading.current_thread().name, flush=True)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for _ in utils.progress(range(50)):
+            time.sleep(3600 if STUCK else 0.01)
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], 0.5)
+        epoch += 1
+    utils.lock_end(wechat_name)
+
+"""
+CELL = 'utils.parse_args(); utils.chat_supervisor(nn_train); itchat.auto_login(hotReload=True); itchat.run()'
+
+
+class Notebook(Program):
+    """An interactive Python: it has no file, and what runs in it does not end it."""
+
+    def __init__(self, folder, **how):
+        super().__init__(folder, script='-q', python=('-i',), **how)
+        self.cells = 0
+        self.run(CELLS)
+
+    def type_cell(self, text):
+        """Run a cell; return at once."""
+        self.cells += 1
+        self.process.stdin.write(f'{text}\nprint("CELL", {self.cells})\n')
+        self.process.stdin.flush()
+
+    def run(self, text):
+        """Run a cell, wait for its end, return all output so far."""
+        self.type_cell(text)
+        return self.end_of_cell()
+
+    def end_of_cell(self):
+        self.wait_output(f'CELL {self.cells}\n')
+        return self.output()
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+
+
+def test_a_notebook_outlives_what_is_run_in_it(wechat, tmp_path):
+    """The same cell twice; two interrupts; another thread, whose nn_train is changed; a death."""
+    with Notebook(tmp_path, env=wechat.env()) as notebook:
+        notebook.type_cell(CELL)
+        wechat.ready()
+        wechat.ask('ti 3')
+        wechat.ask('开始')
+        wechat.wait_text('第 1/3 轮')
+        notebook.interrupt()
+        assert '会话结束了；再运行一次，就再登录' in notebook.end_of_cell()
+        assert wechat.wait_text('训练已停止')
+
+        wechat.receiving, since = 0, len(wechat.heard())
+        notebook.type_cell(f'STUCK = True; {CELL}')
+        wechat.ready()
+        wechat.ask('开始')
+        notebook.wait_output('TRAINS', 2)
+        notebook.interrupt()
+        time.sleep(1.1)  # a second one within a second is the same
+        notebook.interrupt()
+        assert 'KeyboardInterrupt' in wechat.wait_text('训练出错', since=since)
+        notebook.end_of_cell()
+
+        wechat.receiving = 0
+        other = CELL.replace('run()', 'run(blockThread=False)')
+        notebook.run(f'STUCK = False; mx.npx.set_np(); {other}')
+        wechat.ready()
+        for who in ('first', 'second'):
+            since = len(wechat.heard())
+            wechat.ask('开始')
+            wechat.wait_text('训练完成', since=since)
+            assert f'TRAINS {who} True training' in notebook.output()
+            notebook.run(
+                'first, nn_train = nn_train, lambda *args: (globals().update(WHO="second"), first(*args))'
+            )
+            notebook.run(other)
+        assert 'NUMBER 4' in notebook.run('print("NUMBER", utils.run.number)')
+
+        notebook.run('itchat.instance.talker.kill()')
+        notebook.wait_output('会话结束了', 3)
+        wechat.receiving = 0
+        notebook.run(other)
+        wechat.ready()
+        assert '轮数 ti = 3' in wechat.ask('参数')
+        output = notebook.run('print("THREADS", [t.name for t in threading.enumerate()].count("training"))')
+        assert 'THREADS 1' in output and 'SystemExit' not in output
+
+
+def test_what_a_notebook_cannot_do_is_one_line(tmp_path):
+    """Several processes; without WeChat, commands come from cells."""
+    with Notebook(tmp_path) as notebook:
+        assert '--workers：几个进程各自运行同一个脚本，笔记本里不行' in notebook.run(
+            'with contextlib.suppress(SystemExit): utils.parse_args(["--workers", "2"])\n'  # as notebooks do
+        )
+        cell = CELL.replace('run()', 'run(blockThread=False)').replace('()', '(["--console"])', 1)
+        notebook.run(f'{cell}; itchat.instance.receive("lr 0.25")')
+        notebook.wait_output('lr = 0.25')
+        notebook.run('itchat.instance.receive("开始")')
+        notebook.wait_output('训练完成')
 
 
 # ------------------------------------------------------------------------ several programs, one login
@@ -7187,13 +8425,13 @@ def test_what_is_given_twice_is_obeyed_once(wechat, light, tmp_path):
 def test_the_demo_trains_to_the_end_without_wechat(tmp_path):
     with Program(tmp_path, '--demo', env={'HTTPS_PROXY': 'http://127.0.0.1:9'}) as program:
         status, output = program.types('ti 2\n你好\n开始\n')
-    assert status == 0
-    reports = re.findall(r'(.*)\n第 (\d)/2 轮', output)
-    assert reports == [
-        ('演示数据：程序画的图，不是 Fashion-MNIST', '1'),
-        ('演示数据：程序画的图，不是 Fashion-MNIST', '2'),
-    ]
-    assert '训练完成\n完成 2/2 轮' in output and 'Traceback' not in output
+    assert status == 0 and '你好\n没有这个命令' in output and 'Traceback' not in output
+    reports = re.findall(r'第 (\d)/2 轮.*?测试精度 (\S+)', output, re.S)
+    assert [number for number, _ in reports] == ['1', '2'] and float(reports[1][1]) > 0.4
+    note = '演示数据：程序画的图，不是 Fashion-MNIST\n'
+    assert (
+        output.count(note) == 2 and note + '开始训练' in output and note + '训练完成\n完成 2/2 轮' in output
+    )
 
 
 def test_the_console_tells_a_crash_and_exits_with_1(images, tmp_path):
@@ -7275,6 +8513,53 @@ def test_help_and_wrong_options(tmp_path):
     with Program(tmp_path, '--console', '--data', str(tmp_path)) as program:
         status, output = program.types('')
     assert status == 2 and 'train-images-idx3-ubyte.gz' in output and 'Traceback' not in output
+
+
+@pytest.mark.parametrize('options', ['--filehelper --demo', '--console --filehelper', '--demo --data .'])
+def test_options_that_contradict_each_other_are_an_error(tmp_path, options):
+    with Program(tmp_path, *options.split()) as program:
+        status, output = program.types('')
+    assert status == 2 and '不能一起写' in output and 'Traceback' not in output
+
+
+OWN_OPTIONS = """
+import argparse, utils, itchat
+def nn_train(wechat_name, params):
+    pass
+parser = argparse.ArgumentParser()
+parser.add_argument('--log', type=int)
+parser.add_argument('--seed')
+print('OWN', parser.parse_known_args()[0])
+%s
+utils.chat_supervisor(nn_train)
+print('SEED', utils.options.seed)
+itchat.auto_login()
+itchat.run()
+"""
+
+
+def test_options_count_without_a_line_of_the_scripts(tmp_path):
+    """What is not ours is the script's, though it begins like ours; parse_args() still refuses it."""
+    script = tmp_path / 'own.py'
+    script.write_text(OWN_OPTIONS % '')
+    with Program(tmp_path, '--log', '3', '--seed', '5', '--console', script=str(script)) as program:
+        status, output = program.types('参数\n')
+    assert status == 0 and "log=3, seed='5'" in output and 'SEED 5' in output
+    assert '--log 不是这里的选项' in output and 'bs = 256' in output
+    script.write_text(OWN_OPTIONS % 'utils.parse_args()')
+    with Program(tmp_path, '--log', '3', '--console', script=str(script)) as program:
+        status, output = program.types('')
+    assert status == 2 and '--log 3' in output.splitlines()[-1]
+    script.write_text(OWN_OPTIONS % 'utils.parse_args([]); utils.options.console = True')
+    with Program(tmp_path, '--log', '3', '--seed', 'five', script=str(script)) as program:
+        status, output = program.types('参数\n')
+    assert status == 0 and "seed='five'" in output and 'SEED 0' in output
+
+
+def test_packages_that_are_missing_are_one_line(tmp_path):
+    with Program(tmp_path, '--demo', python=('-S',)) as program:
+        status, output = program.types('')
+    assert status == 1 and len(output.splitlines()) == 1 and '-m pip install --no-deps -r' in output
 
 
 PRETEND = """

@@ -39,6 +39,30 @@ import signal
 
 # ------------------------------------------------------------------------------------- two processes
 
+
+def explain_missing_package(kind: type, error: BaseException, trace: 'Any') -> None:
+    """Say in one line how to install a package that this file does not find; be Python's own hook else."""
+    frames = [trace]
+    while frames[-1].tb_next:
+        frames.append(frames[-1].tb_next)
+    ours = any(each.tb_frame.f_globals is globals() for each in frames)
+    if not ours or not issubclass(kind, ModuleNotFoundError):
+        return previous_hook(kind, error, trace)
+    here = os.path.dirname(os.path.abspath(__file__))
+    wanted, venv = os.path.join(here, 'requirements.txt'), os.path.join(here, '.venv')
+    install = f'{{}} -m pip install --no-deps -r {wanted}'
+    if os.path.exists(os.path.join(venv, 'bin', 'python')) and not sys.prefix.startswith(venv):
+        how = f'用 {venv}/bin/python 代替 {sys.executable}'
+    elif sys.prefix != sys.base_prefix:
+        how = '先运行 ' + install.format(sys.executable)
+    else:
+        how = f'先运行 python3 -m venv {venv} && ' + install.format(f'{venv}/bin/python')
+        how += f'，再用 {venv}/bin/python 代替 {sys.executable}'
+    print(f'这个 Python 没有 {error.name}：{how}', file=sys.stderr)
+
+
+previous_hook, sys.excepthook = sys.excepthook, explain_missing_package  # until all is imported
+
 ROLE = 'WECHAT_TRAIN_ROLE'  # in the environment: its starter's number, what a process is, words for it
 
 
@@ -145,6 +169,7 @@ import contextlib
 import csv
 import email.utils
 import enum
+import errno
 import fcntl
 import functools
 import glob
@@ -168,6 +193,7 @@ import sqlite3
 import ssl
 import stat
 import struct
+import termios
 import threading
 import time
 import traceback
@@ -391,7 +417,8 @@ class Printer:
     """Prints what both processes say, by a thread of its own: a terminal that nobody reads holds up nobody.
 
     Every thread of the talking process puts something in; `changed` guards it all. What is too much is
-    dropped, the oldest first, and how much that was is said.
+    dropped, the oldest first, and how much that was is said. Once ask() was called the same thread reads what
+    is typed, at a Prompt, as long as the terminal is this program's: then that prints.
     """
 
     ROOM = 2**20  # bytes that may wait
@@ -404,6 +431,10 @@ class Printer:
         self.unfinished = None  # who has begun a line that has no end yet
         self.written = 0  # pieces so far
         self.busy = False
+        self.take, self.ctrl_d_ends, self.prompt = None, True, None  # see ask()
+        self.wake = None  # while there is a prompt: tells it of a change
+        self.closing = False
+        self.modes = None  # the terminal's, which are to be restored
         threading.Thread(target=self.work, name='printer', daemon=True).start()
 
     def put(self, number: int, source: str, content: bytes) -> None:
@@ -415,13 +446,28 @@ class Printer:
                 _, _, oldest = self.waiting.popleft()
                 self.size -= len(oldest)
                 self.dropped += oldest.count(b'\n')
-            self.changed.notify_all()
+            self.notify()
 
     def show_bar(self, text: str) -> None:
         """Let `text` be the progress bar, if there is a terminal."""
         with self.changed:
             self.bar = self.encode(text) if os.isatty(2) else b''
-            self.changed.notify_all()
+            self.notify()
+
+    def notify(self) -> None:
+        """Tell the thread that something has changed. Needs `changed`."""
+        self.changed.notify_all()
+        if self.wake:
+            self.wake()
+
+    def ask(self, take: Callable, ctrl_d_ends: bool) -> bool:
+        """Hand what is typed to take(), by lines, None at its end; return False where there is no prompt."""
+        if not (os.isatty(0) and os.isatty(1) and os.environ.get('TERM', 'dumb') not in ('dumb', 'unknown')):
+            return False
+        with self.changed:
+            self.take, self.ctrl_d_ends = take, ctrl_d_ends
+            self.notify()
+        return True
 
     def encode(self, text: str) -> bytes:
         """Return a text as the terminal reads it."""
@@ -429,20 +475,61 @@ class Printer:
 
     def work(self) -> None:
         """Print what is put in: the work of the printer's thread."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, BACKGROUND)
         while True:
+            if self.take and not os.isatty(0):
+                self.end_input()
+            elif self.take and not self.closing and in_foreground():
+                self.converse()
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.bar != self.drawn)
-                number, source, content = self.waiting.popleft() if self.waiting else (2, '', b'')
-                self.size -= len(content)
-                if self.dropped:
-                    content = self.encode(f'（有 {self.dropped} 行没有打印：终端没有在读）\n') + content
-                    self.dropped = 0
-                bar, self.busy = self.bar, True
+                if not self.waiting and self.bar == self.drawn:
+                    self.changed.wait(1 if self.take else None)  # nobody tells who comes to the foreground
+                    continue
+                [(number, source, content)], bar = self.next_pieces(1) or [(2, '', b'')], self.bar
             self.print(number, source, content, bar)
             with self.changed:
-                self.busy, self.written = False, self.written + 1
                 self.bar = self.drawn if self.unfinished else self.bar  # it has no room under a half line
-                self.changed.notify_all()
+                self.is_done()
+
+    def end_input(self) -> None:
+        """Note that nothing more will be typed: the work of the printer's thread."""
+        take, self.take = self.take, None
+        take(None)
+
+    def next_pieces(self, most: int) -> list:
+        """Return the next pieces to print, which then are being printed. Needs `changed`."""
+        pieces = [self.waiting.popleft() for _ in range(min(most, len(self.waiting)))]
+        self.size -= sum(len(content) for _, _, content in pieces)
+        if self.dropped and pieces:
+            number, source, content = pieces[0]
+            note = self.encode(f'（有 {self.dropped} 行没有打印：终端没有在读）\n')
+            pieces[0], self.dropped = (number, source, note + content), 0
+        self.busy = True
+        return pieces
+
+    def is_done(self) -> None:
+        """Note that what was taken is printed. Needs `changed`."""
+        self.busy, self.written = False, self.written + 1
+        self.changed.notify_all()
+
+    def converse(self) -> None:
+        """Print and read at a prompt: until the input ends, the program ends or is put into the background.
+
+        Where that does not work, what is typed is read without a prompt.
+        """
+        from asyncio import run
+
+        self.print(2, '', b'\n' if self.unfinished else b'', b'')
+        try:
+            self.prompt = self.prompt or Prompt(self)
+            run(self.prompt.run())
+        except Exception:  # of a library, in whatever a terminal may be
+            print_traceback()
+            threading.Thread(target=read_lines, args=(self.take,), daemon=True).start()
+            self.take = None
+        with self.changed:
+            self.wake = None
+            self.is_done()
 
     def print(self, number: int, source: str, content: bytes, bar: bytes) -> None:
         """Write one piece, after the end of a line of somebody else's, and the bar under it."""
@@ -465,12 +552,218 @@ class Printer:
     def close(self) -> None:
         """Wait until all is printed, but not for a terminal that takes nothing for a second."""
         with self.changed:
-            self.bar = b''
-            while self.waiting or self.busy or self.drawn:
+            self.bar, self.closing = b'', True
+            while self.waiting or self.busy or self.drawn or self.wake:
                 written = self.written
-                self.changed.notify_all()
+                self.notify()
                 if not self.changed.wait_for(lambda n=written: self.written != n, 1):
-                    return
+                    break
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the terminal back as it was before the prompt."""
+        if self.modes:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSANOW, self.modes)
+
+
+BACKGROUND = {signal.SIGTTIN, signal.SIGTTOU}  # what stops a process that uses a terminal from the background
+
+
+def in_foreground() -> bool:
+    """Return whether what is typed is for this process; of a file or a pipe it is."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError as error:
+        return error.errno == errno.ENOTTY
+
+
+def read_lines(take: Callable) -> None:
+    """Hand what is typed, or comes through a pipe, to take(), by lines, then None: a thread of its own."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, BACKGROUND)
+    rest = b''
+    while True:
+        try:
+            select.select([0], [], [])
+            typed = os.read(0, 65536) if in_foreground() else None
+        except OSError:  # the terminal is gone, or was taken away at this moment
+            typed = None if os.isatty(0) else b''
+        if typed is None:
+            time.sleep(1)  # nobody tells who comes to the foreground
+            continue
+        *lines, rest = (rest + (typed or b'\n' * bool(rest))).split(b'\n')
+        for line in lines:
+            take(line.decode(sys.stdin.encoding or 'utf-8', 'replace'))
+        if not typed:
+            return take(None)
+
+
+class Interrupted(Exception):
+    """The prompt is taken away for a moment, or for good."""
+
+
+class Prompt:
+    """The terminal as a chat, by prompt_toolkit: what is printed stands above the prompt, the bar below it.
+
+    The printer's thread makes and runs it.
+    """
+
+    def __init__(self, printer: Printer):
+        from prompt_toolkit import PromptSession  # 8 MB and 75 ms: not before it is needed
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import InMemoryHistory
+        from prompt_toolkit.input.vt100 import Vt100Input
+        from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.output.vt100 import Vt100_Output
+        from prompt_toolkit.shortcuts import CompleteStyle
+        from prompt_toolkit.styles import Style
+
+        self.printer, self.rest = printer, {}  # the latter: who has begun a line that has no end yet -> it
+        self.suspends, self.document = (
+            False,
+            '',
+        )  # the latter: what stands at the prompt when it is taken away
+        bindings, keys = KeyBindings(), Vt100Input(sys.stdin)
+        bindings.add('c-z')(lambda event: self.interrupt(suspend=True))
+        keys.raw_mode, keys.cooked_mode = self.keys_as_typed, contextlib.nullcontext
+        printed = Printed(1, sys.stdout.encoding, lambda number, who, content: printer.write(number, content))
+        screen = Vt100_Output.from_pty(printed, os.environ['TERM'])
+        screen.get_rows_below_cursor_position = lambda: 1  # or it would ask the terminal, and wait
+        words = [word for pair in COMMANDS.items() for word in (pair[0], pair[1].chinese)]
+        before = "SELECT text FROM message WHERE id LIKE 'typed %' ORDER BY rowid DESC LIMIT 100"
+        self.session = PromptSession(
+            '> ',
+            completer=WordCompleter([*words, 'lr', 'ti', 'bs'], ignore_case=True, sentence=True),
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
+            reserve_space_for_menu=0,
+            history=InMemoryHistory([text for [text] in memory.rows(before)][::-1]),
+            key_bindings=bindings,
+            style=Style.from_dict({'bottom-toolbar': 'noreverse'}),
+            include_default_pygments_style=False,
+            input=keys,
+            output=screen,
+        )
+
+    @contextlib.contextmanager
+    def keys_as_typed(self) -> Iterator:
+        """Let the terminal hand on each key at once; Ctrl-C, Ctrl-\\, Ctrl-S mean what they do elsewhere."""
+        before, now = termios.tcgetattr(0), termios.tcgetattr(0)
+        now[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
+        now[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
+        now[6][termios.VMIN], now[6][termios.VTIME] = 1, 0
+        now[6][termios.VSUSP] = bytes([os.fpathconf(0, 'PC_VDISABLE') & 0xFF])  # see suspend()
+        self.printer.modes = before
+        termios.tcsetattr(0, termios.TCSANOW, now)
+        try:
+            yield
+        finally:
+            self.printer.restore()
+            self.printer.modes = None
+
+    async def run(self) -> None:
+        """Read, and print what is put into the printer, until the reading ends."""
+        from asyncio import Event, TimeoutError, ensure_future, get_running_loop, wait_for
+
+        from prompt_toolkit.application import in_terminal
+
+        woken, printer, drawn = Event(), self.printer, 0.0
+        with printer.changed:
+            printer.wake = functools.partial(get_running_loop().call_soon_threadsafe, woken.set)
+        reading = ensure_future(self.read())
+        reading.add_done_callback(lambda _: woken.set())
+        woken.set()
+        while not reading.done():
+            with contextlib.suppress(TimeoutError):
+                await wait_for(woken.wait(), 0.5)  # nobody tells who takes the terminal, or changes its modes
+            woken.clear()
+            with printer.changed:
+                pieces = printer.next_pieces(1000)
+            content = self.whole_lines(pieces)
+            if content:
+                async with in_terminal():
+                    for number, lines in content:
+                        printer.write(number, lines)
+            with printer.changed:
+                printer.is_done()
+                more, below = bool(printer.waiting), self.below()
+            if below != self.session.bottom_toolbar and time.monotonic() - drawn > 0.2:  # it takes 2 ms
+                self.session.bottom_toolbar, drawn = below, time.monotonic()
+                self.session.app.invalidate()
+            if printer.closing and not more or self.is_lost():
+                self.interrupt()
+            elif more:
+                woken.set()
+        with printer.changed:
+            printer.wake = None
+            for (number, source), rest in self.rest.items():
+                printer.waiting.appendleft((number, source, rest))
+                printer.size += len(rest)
+        self.rest.clear()
+        reading.result()
+
+    def whole_lines(self, pieces: list) -> list:
+        """Return [(file descriptor, lines)] for pieces; what has no end yet is kept for the next time."""
+        content = []
+        for number, source, text in pieces:
+            *lines, rest = (self.rest.pop((number, source), b'') + text).split(b'\n')
+            if len(rest) > 65536:
+                lines, rest = [*lines, rest], b''
+            if rest:
+                self.rest[number, source] = rest
+            if lines:
+                content.append((number, b'\n'.join([*lines, b''])))
+        return content
+
+    def below(self) -> Optional[str]:
+        """Return what stands below the prompt: a line that has no end yet, and the bar. Needs `changed`."""
+        begun = [rest.decode(sys.stdout.encoding, 'replace') for rest in self.rest.values()]
+        texts = [text.rstrip('\r').split('\r')[-1][-1000:] for text in begun[-1:]]
+        texts.append(self.printer.bar.decode(sys.stderr.encoding, 'replace'))
+        return '\n'.join(filter(None, texts)) or None
+
+    async def read(self) -> None:
+        """Hand on the lines that are typed, until their end, or the terminal is no longer this program's."""
+        session = self.session
+        while not self.printer.closing and in_foreground():
+            session.app.erase_when_done = False
+            try:
+                how = {'set_exception_handler': False, 'handle_sigint': False}
+                line = await session.prompt_async(default=self.document, **how)
+            except Interrupted:
+                self.document = session.default_buffer.document
+                if self.suspends:
+                    self.suspends = False
+                    suspend()
+            except EOFError:
+                if session.input.closed or self.printer.ctrl_d_ends:
+                    return self.printer.end_input()
+            else:
+                self.document = ''
+                self.printer.take(line.encode('utf-8', 'replace').decode())
+
+    def interrupt(self, suspend: bool = False) -> None:
+        """Take the prompt away; read() shows it again, where it may, after the program was suspended."""
+        app = self.session.app
+        if app.is_running and not app.is_done:
+            self.suspends, app.erase_when_done = suspend, True
+            app.exit(exception=Interrupted())
+
+    def is_lost(self) -> bool:
+        """Return whether the terminal is another program's now, or was while this one was stopped."""
+        try:
+            echoes = bool(termios.tcgetattr(0)[3] & termios.ECHO)
+            return self.printer.modes is not None and (echoes or not in_foreground())
+        except termios.error:
+            return True
+
+
+def suspend() -> None:
+    """Stand still until SIGCONT, as after Ctrl-Z; a parent that runs for this process alone does, too."""
+    with contextlib.suppress(OSError):
+        if os.getpgid(os.getppid()) == os.getpgrp():
+            os.kill(os.getppid(), signal.SIGTSTP)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTSTP)  # os.kill() might return before it
 
 
 class Printed(io.TextIOBase):
@@ -562,11 +855,20 @@ OPTIONS = {  # default, what stands for it in the help, its help
 }
 
 
+CONTRADICTIONS = (
+    *(('console', 'filehelper'), ('demo', 'filehelper'), ('demo', 'data'), ('join', 'filehelper')),
+    *(('logout', 'console'), ('logout', 'demo'), ('logout', 'join')),
+    ('join', 'console'),
+    *(('supervisor', name) for name in ('console', 'demo', 'filehelper', 'join')),
+)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the options that every script has that calls parse_args()."""
+    """Return the parser of the options that every script has."""
     parser = argparse.ArgumentParser(
         description='训练神经网络，在微信里查看和控制：扫码登录后，好友发“帮助”就能看到全部命令。',
         epilog='退出状态：0 正常；1 登录失败或训练出错；2 选项不对；130、143、129 是被信号结束。',
+        allow_abbrev=False,  # a script's --log is not our --logout
     )
     for name, text in FLAGS.items():
         parser.add_argument(f'--{name}', action='store_true', help=text)
@@ -1186,6 +1488,33 @@ HELP = '\n'.join(
     + ['【设值】', 'lr 0.1：学习率，也可以 lr x0.5、lr /2', 'ti 5：训练几轮', 'bs 128：每批几张']
 )
 
+own_params = {}  # what the running script lets set besides: name -> kind, smallest, largest, default
+
+
+def help_text() -> str:
+    """Return what 帮助 says."""
+    own = [f'{name} {default:g}：训练函数自己的值' for name, (*_, default) in own_params.items()]
+    return '\n'.join([HELP, *own])
+
+
+def limits_of(name: str) -> tuple:
+    """Return type, smallest, largest, and what to write in Chinese."""
+    if name in LIMITS:
+        return LIMITS[name]
+    kind, smallest, largest, default = own_params[name]
+    what = '整数' if kind == 'int' else '数'
+    between = [f'不小于 {smallest:g}'] * (smallest > -math.inf) + [f'不大于 {largest:g}'] * (
+        largest < math.inf
+    )
+    limits = '、'.join(between) + ' 的' * bool(between)
+    return (
+        (int if kind == 'int' else float),
+        smallest,
+        largest,
+        f'{name} 要是{limits}{what}，例如 {name} {default:g}',
+    )
+
+
 LIMITS = {  # type, smallest, largest, what to write in Chinese
     'learning_rate': (float, 1e-9, 100, '学习率要大于 0、不超过 100，例如 lr 0.1'),
     'training_iters': (int, 1, 100000, '轮数要是 1 到 100000 的整数，例如 ti 5'),
@@ -1198,9 +1527,10 @@ def read_value(name: str, text: str, now: float = 0) -> Any:
 
     A learning rate may be relative to the one `now`: x0.5, *0.5, /2.
     """
-    kind, smallest, largest, allowed = LIMITS[name]
-    number = r'\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
-    sign, rest = (text[:1], text[1:]) if kind is float and text[:1] in ('x', '*', '/') else ('', text)
+    kind, smallest, largest, allowed = limits_of(name)
+    number = r'[+-]?\d{1,20}' if kind is int else r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?'
+    relative = name == 'learning_rate' and text[:1] in ('x', '*', '/')
+    sign, rest = (text[:1], text[1:]) if relative else ('', text)
     if re.fullmatch(number, rest):
         value = kind(rest)
         if sign:
@@ -1233,6 +1563,7 @@ PAIR = re.compile(  # 学习率 lr = 0.1, lr0.1, lr x 0.5
     rf'(?:({NAME})\s*(?={NAME}))?({NAME})(?:({BETWEEN}+)|(?=(?:[x*/]\s*)?\.?\d))'
     rf'((?:[x*/]\s*)?[^\s=:,;、。]+){BETWEEN}*'
 )
+OWN_PAIR = re.compile(rf'([a-z][a-z_0-9]*)(?:{BETWEEN}+|(?=-))([+-]?\.?\d[\d.e+-]*){BETWEEN}*')  # wd 0.001
 COMMA = re.compile(r'((?:lr|learning_rate|学习率)[\s=:]*[x*/]?\s*\d+),(\d+)(?![\d.])')  # lr 0,1
 BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?![a-z_])(.*)')
 NEARLY = {  # how else people say a command: it is answered, not obeyed
@@ -1469,6 +1800,11 @@ def read_pairs(key: str) -> list:
     pairs, at = [], 0
     while at < len(key):
         found = PAIR.match(key, at)
+        own = OWN_PAIR.match(key, at)
+        if own and own[1] in own_params:
+            pairs.append((own[1], own[2]))
+            at = own.end()
+            continue
         if not found:
             return []
         first, name, between, text = found.groups()
@@ -1502,9 +1838,10 @@ def manner_text(report_every: int, patience: int) -> str:
     return '\n'.join([f'报告 {report_every}'] * (report_every != 1) + [f'早停 {patience}'] * (patience != 0))
 
 
-def values_text(lr: float, ti: int, bs: int) -> str:
-    """Return the three values in words."""
-    return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}'
+def values_text(lr: float, ti: int, bs: int, own: Optional[dict] = None) -> str:
+    """Return the three values in words, and those of the training function's own."""
+    more = ''.join(f'\n{name} = {value:g}' for name, value in (own or {}).items())
+    return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}{more}'
 
 
 # ------------------------------------------------------------------------------------- outgoing mail
@@ -1824,12 +2161,18 @@ def send(person: Person, letter: Letter) -> tuple:
 
 def pass_on(name: str, to: str, text: str = '', path: str = '') -> dict:
     """Have the client send a text, or a picture, of the program with this name, if it needs one."""
-    sign = f'[{name}] ' if name and not text.startswith('[') else ''
+    sign = f'[{name}] ' if name else ''
     if not path:
         return itchat.instance.send_msg(sign + text, to)
     if sign:
         itchat.instance.send_msg(f'{sign}图片：', to)
     return itchat.instance.send_image(path, to)
+
+
+def printed_letter(letter: Any) -> str:
+    """Return what stands in the terminal for a letter or a text."""
+    letter = letter if isinstance(letter, Letter) else Letter(letter)
+    return f'图片：{shown(letter.content)}' if letter.kind == 'picture' else letter.content
 
 
 def write_undelivered(person: Person, text: str, why: str) -> None:
@@ -1855,6 +2198,7 @@ class Client:
     def __init__(self):
         self.exit_signal = None  # Ctrl-C, SIGTERM or SIGHUP, once it has come
         self.signal_came = 0.0  # when, by time.monotonic()
+        self.hears_terminal = False  # is what is typed beside the chat taken in?
         self.interruptible = False  # is the main thread waiting for something that a signal may cut off?
         self.folder_lock = None
 
@@ -1897,6 +2241,37 @@ class Client:
         """Print what goes through the chat."""
         say(text)
 
+    def typed_lines(self, ctrl_d_ends: bool) -> queue.Queue:
+        """Return where the lines arrive that are typed from now on, at a prompt if possible, then None."""
+        lines = queue.Queue(1000)
+        if not (printer and printer.ask(lines.put, ctrl_d_ends)):
+            threading.Thread(target=read_lines, args=(lines.put,), name='typed', daemon=True).start()
+        return lines
+
+    def take_line(self, line: str, **how: Any) -> str:
+        """Take in a line that was typed, as the owner's message; return its number."""
+        number, owner = f'typed {time.time_ns()}', {'UserName': 'filehelper'}
+        msg = {'Type': itchat.content.TEXT, 'Text': line, 'User': owner, 'MsgId': number, **how}
+        taken = trainer.take({**msg, 'FromUserName': 'filehelper', 'ToUserName': 'filehelper'})
+        if not taken and line.strip() and trainer.told.get('commands'):
+            print_line('没有这个命令，“帮助”列出全部命令。\n')
+        return number
+
+    def hear_terminal(self) -> None:
+        """Take in what is typed beside a chat from now on."""
+        # Else the terminal is that of an interpreter or a debugger, or is heard already.
+        if printer and os.isatty(0) and not self.hears_terminal:
+            self.hears_terminal, lines = True, self.typed_lines(ctrl_d_ends=False)
+            threading.Thread(target=self.obey_typed, args=(lines,), name='typed', daemon=True).start()
+
+    def obey_typed(self, lines: queue.Queue) -> None:
+        """Take in what is typed beside a chat: a thread of its own."""
+        while (line := lines.get()) is not None:
+            try:
+                self.take_line(line, Typed=True)
+            except Exception:
+                print_traceback()
+
     def keep_session(self) -> None:
         """Keep the session for the next start, with what has been read."""
 
@@ -1934,6 +2309,8 @@ class Client:
         if self.exit_signal is not None:
             if now - self.signal_came > 1:
                 trainer.kill()
+                if printer:
+                    printer.restore()
                 os._exit(128 + number)
             return
         if programs.stays_for_others(number, now - self.signal_came > 1):
@@ -2023,40 +2400,25 @@ class Terminal(Client):
 
     def run(self) -> None:
         """Carry out what is typed, until the end of the input or a signal; end the program."""
-        with contextlib.suppress(SystemExit):
-            for line in self.read_lines():
-                if not sys.stdin.isatty():
+        with contextlib.suppress(SystemExit), self.waiting():
+            lines, typed, empty = self.typed_lines(ctrl_d_ends=True), os.isatty(0), True
+            while (line := lines.get()) is not None:
+                empty = False
+                if not typed:
                     print_line('> ' + line.rstrip())
-                with self.waiting():
-                    self.receive(line)
-            if trainer.is_busy() and sys.stdin.isatty():
+                self.receive(line)
+            if trainer.is_busy() and typed:
                 say('训练完就结束；现在就要停，按 Ctrl-C。')
-            with self.waiting():
-                trainer.end(stop=False)
-                countdown.wait()
+            elif empty and not typed:  # nohup, < /dev/null
+                say('输入是空的，没有命令可做，程序结束。不在终端里，可以这样给命令：')
+                say("printf 'ti 5\\n开始\\n' | nohup python …… --console &")
+            trainer.end(stop=False)
+            countdown.wait()
         self.end()
-
-    def read_lines(self) -> Iterator:
-        """Yield what is typed, as it is read: at a signal nothing is lost in a buffer."""
-        rest = b''
-        while self.exit_signal is None:
-            with self.waiting():
-                try:
-                    select.select([sys.stdin.fileno()], [], [])
-                    typed = os.read(sys.stdin.fileno(), 65536)
-                except (AttributeError, OSError, ValueError):  # closed, or not to be read: the end of it
-                    typed = b''
-            *lines, rest = (rest + (typed or b'\n' * bool(rest))).split(b'\n')
-            yield from (line.decode(sys.stdin.encoding or 'utf-8', 'replace') + '\n' for line in lines)
-            if not typed:
-                return
 
     def receive(self, line: str) -> None:
         """Carry out a command; its answer stands under it."""
-        number, owner = f'typed {time.time_ns()}', {'UserName': 'filehelper'}
-        msg = {'Type': itchat.content.TEXT, 'Text': line, 'User': owner, 'MsgId': number}
-        trainer.take({**msg, 'FromUserName': 'filehelper', 'ToUserName': 'filehelper'})
-        trainer.wait_answered(number)
+        trainer.wait_answered(self.take_line(line))
         mail.wait()
 
     def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
@@ -2066,7 +2428,7 @@ class Terminal(Client):
 
     def send_image(self, fileDir: Optional[str] = None, toUserName: Optional[str] = None, *args) -> dict:
         """Print where a picture is."""
-        return self.send_msg(f'图片：{shown(fileDir)}', toUserName)
+        return self.send_msg(printed_letter(Letter(fileDir, 'picture')), toUserName)
 
     def log(self, text: str) -> None:
         """Print nothing: the terminal has it already."""
@@ -2766,8 +3128,12 @@ class WeChat(itchat.Core, Client):
         self.alive = True
 
     def run(self) -> None:
-        """Receive until a signal comes, in one session after the other; then end the program."""
+        """Receive until a signal comes, in one session after the other; then end the program.
+
+        What is typed in the terminal meanwhile is the owner's, and answered there.
+        """
         failures = 0
+        self.hear_terminal()
         with contextlib.suppress(SystemExit):  # of leave()
             while self.exit_signal is None:
                 try:
@@ -3489,12 +3855,16 @@ class Programs:
         """Return what stands in brackets before what this program says; '' if there is only one."""
         return self.name if self.others else ''
 
-    def hand_out(self, number: str, person: Person, parts: dict, old: bool) -> None:
-        """Have what share_out() returns carried out, by each program what is for it."""
+    def hand_out(self, number: str, person: Person, parts: dict, old: bool, typed: bool) -> None:
+        """Have what share_out() returns carried out, by each program what is for it.
+
+        What is old, or was typed in this one's terminal, is for this one.
+        """
         shares, answers = {}, []
         with self.guard:
             for to, text in parts.items():
-                targets = [self.name] if old else self.targets(person, to, text)  # it says that it is too old
+                here = old or typed and not to
+                targets = [self.name] if here else self.targets(person, to, text)
                 answers += [self.ask_back(to, text)] * (not targets)
                 for name in targets:
                     shares[name] = f'{shares[name]}\n{text}' if name in shares else text
@@ -3508,7 +3878,7 @@ class Programs:
         if answers or not own:
             mail.put(*((person, answer) for answer in answers), also=[note_message(number)] * (not own))
         if own:
-            trainer.accept(Order(number, person, own), parse(own), old)
+            trainer.accept(Order(number, person, own, typed=typed), parse(own), old)
 
     def targets(self, person: Person, to: Optional[str], text: str) -> list:
         """Return the names of the programs that a part of a message is for; none: ask. Needs the guard."""
@@ -3615,7 +3985,8 @@ class Joined(Client):
 
     def run(self) -> None:
         """Speak through the other one until a signal comes; log in when that one is gone."""
-        joined = itchat.instance is self
+        self.hear_terminal()
+        joined = True
         with contextlib.suppress(SystemExit):
             while joined and self.exit_signal is None:
                 joined = self.attend()
@@ -3628,6 +3999,7 @@ class Joined(Client):
         """Log in in the place of the one that is gone, with its stored session first."""
         client = self.carrier()
         client.folder_lock, client.exit_signal = self.folder_lock, self.exit_signal
+        client.hears_terminal = self.hears_terminal
         client.take_signals()
         session = self.state.get('session')
         use_client(client)
@@ -3779,6 +4151,7 @@ class Order(NamedTuple):
     person: Person
     text: str
     path: str = ''  # to go on from this checkpoint, without an answer if that works
+    typed: bool = False  # beside a chat: to be answered in the terminal
 
     def words(self) -> dict:
         """Return what the training process is told, with what the memory knows of the runs asked for."""
@@ -3835,6 +4208,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Remember the last run and what was not answered: of an earlier program in this folder."""
+        own_params.update(memory.get('own_params', {}))
         look_for_runs()
         self.run = {**self.run, **next(iter(known_runs(1)), {})}
         self.gone = memory.get('alive')
@@ -4007,7 +4381,7 @@ class Trainer:
                 order = self.orders.pop(number)
                 why = '启动不了' if all_of_them else '没有了'
                 text = f'“{order.text.strip()[:20]}”没有执行：训练的进程{why}。'
-                mail.put(*[(order.person, text)] * (not order.path), also=[done(number)])
+                self.reply(order, [text] * (not order.path), [done(number)])
         return statements
 
     def kill(self) -> None:
@@ -4045,22 +4419,26 @@ class Trainer:
 
     # -- what comes from the chat
 
-    def take(self, msg: dict) -> None:
-        """Take in a message that was received: accept a command, hand on what the script has handlers for."""
+    def take(self, msg: dict) -> bool:
+        """Take in a message that was received: accept a command, hand on what the script has handlers for.
+
+        Return False when it was neither.
+        """
         chat = {templates.MassivePlatform: 'MpChat', templates.Chatroom: 'GroupChat'}
         chat = chat.get(type(msg['User']), 'FriendChat')
         is_text = msg['Type'] == itchat.content.TEXT and chat == 'FriendChat'
         if is_text and self.told.get('commands') and self.hear(msg):
-            return
-        if msg['Type'] in self.told.get('handlers', {}).get(chat, ()):
-            if callable(msg.get('Text')):
-                self.downloads[msg['MsgId']] = msg['Text']
-                if len(self.downloads) > 100:
-                    self.downloads.popitem(last=False)
-            msg = {**msg, 'User': dict(msg['User'])}
-            if self.line.waiting.qsize() > 1000:  # it does not read: these are not commands
-                return
+            return True
+        if msg['Type'] not in self.told.get('handlers', {}).get(chat, ()):
+            return False
+        if callable(msg.get('Text')):
+            self.downloads[msg['MsgId']] = msg['Text']
+            if len(self.downloads) > 100:
+                self.downloads.popitem(last=False)
+        msg = {**msg, 'User': dict(msg['User'])}
+        if self.line.waiting.qsize() <= 1000:  # else it does not read, and these are not commands
             self.line.send('message', chat=chat, msg={k: v for k, v in msg.items() if not callable(v)})
+        return True
 
     def hear(self, msg: dict) -> bool:
         """Accept a command; return False when a message is none, or nobody's who could command."""
@@ -4071,13 +4449,14 @@ class Trainer:
         if not parsed.complete and not people.may_command(person):
             return True  # a friend's small talk that looks like one
         name, text, old = visible(person.name), msg['Text'].strip(), itchat.instance.is_old(msg)
-        itchat.instance.log(f'{name}：{visible(text)}')
+        if 'Typed' not in msg:
+            itchat.instance.log(f'{name}：{visible(text)}')
         if memory.rows('SELECT 1 FROM message WHERE id = ?', msg['MsgId']):
             return True  # the server sends it again
         if not people.permit(person, text, old):
             itchat.instance.log(f'{name} 不能下命令')
             return True
-        programs.hand_out(msg['MsgId'], person, parts, old)
+        programs.hand_out(msg['MsgId'], person, parts, old, 'Typed' in msg)
         return True
 
     def accept(self, order: Order, parsed: Parsed, old: bool) -> None:
@@ -4089,7 +4468,7 @@ class Trainer:
             if not answer and len(parsed.commands) + bool(parsed.almost) == 1:
                 answer = self.own_answer(parsed.commands[0]) if parsed.commands else explain(parsed.almost)
             if answer:
-                mail.put((order.person, answer), also=[(*row, 0)])
+                self.reply(order, [answer], [(*row, 0)])
                 return
             memory.write((*row, 1), *forget_messages())
             self.orders[order.id] = order
@@ -4097,6 +4476,18 @@ class Trainer:
                 self.hand_over(order)
             elif self.state is State.GONE and not self.ending:
                 self.start()
+
+    def reply(self, order: Order, letters: Iterable, statements: Iterable) -> list:
+        """Answer a command with texts or Letters, where it came from; return the keys of what the mail takes.
+
+        The statements for the memory are executed with it.
+        """
+        if not order.typed:
+            return mail.put(*((order.person, letter) for letter in letters), also=statements)
+        memory.write(*statements)
+        for letter in letters:
+            print_line(f'{printed_letter(letter)}\n')
+        return []
 
     def repeated(self, order: Order, parsed: Parsed) -> str:
         """Return what to say to a command that was only repeated because no answer came, else ''.
@@ -4132,7 +4523,7 @@ class Trainer:
         if said.word == 'plot' and said.number and not folder_of_run(said.number):
             return f'记录里只有 {len(listed_runs())} 次训练。'
         if self.state is State.GONE and said.word in ('params', 'help'):
-            return self.values() if said.word == 'params' else HELP
+            return self.values() if said.word == 'params' else help_text()
         return ''
 
     def hand_over(self, order: Order) -> None:
@@ -4221,10 +4612,11 @@ class Trainer:
 
     def let_in(self) -> None:
         """Tell it that there is a session, and what it has to know."""
-        names = 'values', 'chosen', 'report_every', 'patience'
+        names = 'values', 'chosen', 'report_every', 'patience', 'own'
         settings = {name: value for name in names if (value := memory.get(name)) is not None}
         folders = [(run['number'], run['folder']) for run in known_runs() if run.get('folder')]
-        self.line.send('logged_in', settings=settings, last=self.run.get('number', 0), folders=folders)
+        last = self.run.get('number', 0)
+        self.line.send('logged_in', settings=settings, last=last, folders=folders, params=own_params)
 
     def do_run(self, commands: bool, handlers: dict, values: dict, offer: str) -> None:
         """It calls run(): it is ready for commands and messages; what an earlier one left is to be done."""
@@ -4267,7 +4659,7 @@ class Trainer:
                     self.saved &= 'begun' not in run
                     self.run = {**({} if 'begun' in run else self.run), **run}
                     also.append(self.run_row())
-                keys = mail.put(*((order.person, letter) for letter in letters), also=also)
+                keys = self.reply(order, letters, also)
                 if self.unheard.get(order.person) == (commands_of(order.text), ()):
                     self.unheard[order.person] = commands_of(order.text), keys
             self.guard.notify_all()
@@ -4321,6 +4713,11 @@ class Trainer:
             else:
                 self.kill_later()
 
+    def do_params(self, params: dict) -> None:
+        """The training function lets further values be set."""
+        own_params.update(params)
+        memory.write(set_setting('own_params', own_params))
+
     def do_progress(self) -> None:
         """It has got somewhere: what comes is not the death before once more."""
         self.progress = True
@@ -4358,7 +4755,7 @@ class Trainer:
                 order = self.orders[number]
                 text = f'训练的进程 {self.PATIENCE} 秒没有回答“{order.text.strip()[:20]}”；'
                 text += '它要是卡住了，发“重启”。'
-                mail.put((order.person, Letter(text, 'notice')))
+                self.reply(order, [Letter(text, 'notice')], [])
                 self.sent[number] = math.inf
                 self.guard.notify_all()
 
@@ -4681,12 +5078,14 @@ if TALKS:
 # ------------------------------------------------------------------------------------- before MXNet
 
 import atexit
+import copy
 import ctypes
 import faulthandler
 import gc
 import gzip
 import importlib.util
 import inspect
+import operator
 import statistics
 import zlib
 
@@ -4774,19 +5173,55 @@ with waiting_for('正在载入 MXNet'):
 import mxnet as mx
 from mxnet import nd
 from mxnet.gluon import nn
+from mxnet.gluon.contrib import estimator
+
+sys.excepthook = previous_hook
 
 # --------------------------------------------------------------------------------- the command line
 
 
-def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
-    """Read the command line (or `argv`) into `options`; the talking process hears of them at the login.
+INTERACTIVE = hasattr(sys, 'ps1') or bool(sys.flags.interactive)  # a notebook, too: it outlives a program
 
-    A training script calls this once, before chat_supervisor(). Ends the program with status 2, after a line
-    that says why, when an option is wrong.
+
+options_are_read = False
+
+
+def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
+    """Read the command line (or `argv`) into `options`; return them. The login hands them to what talks.
+
+    A script need not call this: chat_supervisor() and auto_login() read the options that are ours and leave
+    the others to the script. Called before them it decides: it refuses what is not ours, and parse_args([])
+    says that all are the script's own. A notebook's cell has no command line. Ends the program with status 2,
+    after a line that says why, when an option is wrong.
     """
+    return read_options(argv, make_parser().parse_args)
+
+
+def read_own_options() -> None:
+    """Do what parse_args() does with those options that are ours, unless it was called."""
+    if not options_are_read:
+        read_options(None, make_parser().parse_known_args)
+
+
+def read_options(argv: Optional[list], parse: Callable) -> argparse.Namespace:
+    """Read, with this method of a parser, and check; see parse_args()."""
+    global options_are_read, learning_rate
+    options_are_read = True
     make_streams_safe()
-    parser = make_parser()
-    parser.parse_args(argv, namespace=options)
+    for name in (*FLAGS, *OPTIONS) if INTERACTIVE else ():  # what another cell has said
+        delattr(options, name)
+    if argv is None and INTERACTIVE and not hasattr(sys.modules['__main__'], '__file__'):
+        argv = []
+    parser, read = make_parser(), parse(argv, namespace=options)
+    others = [text for text in read[1] if text.startswith('--')] if isinstance(read, tuple) else []
+    if others:
+        say(f'{" ".join(others)} 不是这里的选项，留给脚本自己用。')
+    options.supervisor = list(dict.fromkeys(options.supervisor))  # they may have been read before
+    for one, other in CONTRADICTIONS:
+        if getattr(options, one) and getattr(options, other):
+            parser.error(f'--{one} 和 --{other} 不能一起写')
+    if options.demo and learning_rate == 0.5:
+        learning_rate = DEMO_LEARNING_RATE
     if not all(map(canonical, options.supervisor)):
         parser.error('--supervisor：名字是空的')
     if options.name is not None and (not options.name.strip() or tidy(options.name) == ALL):
@@ -4814,6 +5249,8 @@ def check_workers(parser: argparse.ArgumentParser) -> None:
     team.size = team.num_workers = options.workers
     if options.workers < 1 or (options.workers == 1 and (options.host or options.join)):
         parser.error('--workers：要大于 0；和 --host、--join 一起时要大于 1，各台机器上一样')
+    if options.workers > 1 and INTERACTIVE:
+        parser.error('--workers：几个进程各自运行同一个脚本，笔记本里不行')
     if options.host and options.join:
         parser.error('--host 写在扫码的那台机器上，--join 写在别的机器上，不能一起写')
     if options.host in ('0.0.0.0', ''):
@@ -4836,6 +5273,7 @@ def check_workers(parser: argparse.ArgumentParser) -> None:
 # ------------------------------------------------------------------------------------------ the data
 
 DEMO = object()  # drawn images
+DEMO_LEARNING_RATE = 0.2  # with 0.5, the tutorial's, some seeds learn nothing of them
 data_dir = None  # a folder with the four IDX files, or DEMO; None: what the command line says
 
 FILES = {  # the official files and their MD5, from https://github.com/zalandoresearch/fashion-mnist
@@ -4911,7 +5349,8 @@ class Batches:
                 data = images[j : j + self.batch_size]
                 if self.resize:
                     data = nd.contrib.BilinearResize2D(data, height=self.resize, width=self.resize)
-                yield data, labels[j : j + self.batch_size]
+                batch = data, labels[j : j + self.batch_size]
+                yield tuple(x.as_np_ndarray() for x in batch) if mx.util.is_np_array() else batch
 
 
 @functools.lru_cache(maxsize=1)
@@ -5027,41 +5466,128 @@ def try_gpu() -> mx.Context:
 
 
 def accuracy(output: nd.NDArray, label: nd.NDArray) -> float:
-    """Return the share of rows of `output` (N, classes) whose largest entry is at `label` (N,).
+    """Return the share of rows of `output` (N, classes) whose largest entry is at `label`: N numbers.
 
-    With --workers, in a loop over the training data: this process's part of it.
+    These may be of any shape and type, both. With --workers, in a loop over the training data: this process's
+    part of it. Raises ValueError when the shapes do not fit.
     """
-    label = label.asnumpy()
-    right = np.count_nonzero(output.asnumpy().argmax(axis=1) == label)
+    team.called.add('accuracy')
+    said, label = classes(output, label)
+    right = np.count_nonzero(said == label)
     return Share(right / (team.images or len(label)), right, len(label))
 
 
-def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Optional[mx.Context] = None) -> float:
-    """Return the share of all examples of `data_iterator` that `net` classifies correctly."""
+def classes(output: nd.NDArray, label: nd.NDArray) -> tuple:
+    """Return the classes that `output` (N, classes) and `label` (N numbers) name, as numpy arrays (N,)."""
+    for array in (output, label):
+        if not isinstance(array, nd.NDArray):
+            raise TypeError(f'精度：输出和标签各要是一个 NDArray，现在是 {type(array).__name__}')
+    output, label = as_numpy(output), as_numpy(label)
+    if output.ndim != 2 or output.shape[1] < 2 or label.size != len(output):
+        raise ValueError(f'精度：输出要是 (N, 类数)，标签要是 N 个；现在是 {output.shape} 和 {label.shape}')
+    return output.argmax(axis=1), label.ravel()
+
+
+def as_numpy(array: nd.NDArray) -> np.ndarray:
+    """Return its numbers, those of 16 bits as float32: numpy adds float16 up badly, and knows no bfloat16."""
+    return (array.astype('float32') if np.dtype(array.dtype).itemsize == 2 else array).asnumpy()
+
+
+def evaluate_accuracy(data_iterator: Iterable, net: Any, ctx: Any = None) -> float:
+    """Return the share of all examples of `data_iterator` that `net` classifies correctly.
+
+    Its batches are (data, label), (several inputs, ..., label) or DataBatches, whose padding does not count.
+    Of a list, as the tutorials' `ctx` is one, the first device computes. Raises TypeError when a batch is
+    something else, ValueError when shapes do not fit or there is no batch.
+    """
     correct, total, mistakes = 0, 0, Mistakes()
+    device = (ctx[0] if isinstance(ctx, (list, tuple)) else ctx) or try_gpu()
     tests = not getattr(data_iterator, 'training', False)
     if isinstance(data_iterator, Batches):  # the training data, too: this is no pass that trains
         data_iterator = data_iterator.read(max(data_iterator.epoch, 1))
     even_out(net)
-    for batch in run.seen(data_iterator):
-        mistakes.shapes.add(batch[0].shape[1:])
+    for batch in run.seen(one_pass(data_iterator)):
+        batch = inputs_and_label(batch)
+        mistakes.shapes.add(arrays_in(batch)[0].shape[1:])
         batch = team.part(batch, trains=False)
         if batch is None:  # fewer images than --workers
             continue
-        data, label = batch
-        output, label = net(data.as_in_context(ctx or try_gpu())).asnumpy(), label.asnumpy().ravel()
-        said = output.argmax(axis=1)
+        *inputs, label = batch
+        output = net(
+            *map_arrays(lambda x: x.as_in_context(device) if isinstance(x, nd.NDArray) else x, inputs)
+        )
+        said, label = classes(output, label)
         wrong = np.flatnonzero(said != label)
         correct += len(label) - len(wrong)
         total += len(label)
         if tests and len(wrong):
-            mistakes.add(data, output[wrong], label, said, wrong)
+            mistakes.add(arrays_in(inputs)[0], as_numpy(output)[wrong], label, said, wrong)
     correct, total = team.meet(correct, total)
     if tests:
         mistakes.merge()
         with lock:
             run.mistakes = mistakes.kept
+    if not total:
+        raise ValueError('evaluate_accuracy：一批数据也没有（生成器只能读一遍）')
     return correct / total
+
+
+def inputs_and_label(batch: Any) -> list:
+    """Return what a network takes of a batch, and the labels behind it. Raises TypeError."""
+    if isinstance(batch, mx.io.DataBatch):
+        n = len(batch.data[0]) - (batch.pad or 0)
+        batch = [array[:n] for array in [*batch.data, *(batch.label or ())]]
+    if isinstance(batch, (list, tuple)) and len(batch) > 1 and isinstance(batch[-1], nd.NDArray):
+        return list(batch)
+    raise TypeError(
+        'evaluate_accuracy：每一批要是 (data, label)、(几个输入, label) 或 DataBatch，'
+        f'现在是 {type(batch).__name__}；别的请自己算好精度，交给 chat_inf'
+    )
+
+
+def one_pass(data: Iterable, start: int = 0, epoch: Optional[int] = None) -> Iterator:
+    """Return an iterator over the batches from number `start` on: an NDArrayIter and its like begin anew."""
+    if isinstance(data, Batches):
+        return data.read(epoch, start)
+    if isinstance(data, mx.io.DataIter):
+        data.reset()
+    return itertools.islice(data, start, None)
+
+
+def map_arrays(function: Callable, batch: Any) -> Any:
+    """Return a batch of any kind, however nested, with function(array) in the place of each array."""
+    if isinstance(batch, (nd.NDArray, np.ndarray)):
+        return function(batch)
+    if isinstance(batch, mx.io.DataBatch):
+        mapped = copy.copy(batch)
+        mapped.data, mapped.label = map_arrays(function, [batch.data, batch.label])
+        return mapped
+    if isinstance(batch, dict):
+        return {key: map_arrays(function, value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        mapped = [map_arrays(function, value) for value in batch]
+        return type(batch)(*mapped) if hasattr(batch, '_fields') else type(batch)(mapped)
+    return batch
+
+
+def arrays_in(batch: Any) -> list:
+    """Return the arrays in a batch of any kind."""
+    found = []
+    map_arrays(found.append, batch)
+    return found
+
+
+def batch_size_of(batch: Any) -> Optional[int]:
+    """Return how many examples a batch of any kind holds, by its first array; None when it has none."""
+    return next((array.shape[0] for array in arrays_in(batch) if array.shape), None)
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Let numpy's, Python's and MXNet's random numbers of an epoch depend on both numbers alone."""
+    text = f'{seed} {epoch}'
+    np.random.seed(list(text.encode()))
+    random.seed(text)
+    mx.random.seed(int(np.random.randint(2**31)))
 
 
 def even_out(net: Any) -> None:
@@ -5089,7 +5615,7 @@ class Mistakes:
         least = self.kept[-1][0] if len(self.kept) == self.ROOM else 0
         best = [i for i in np.argsort(-sure)[: self.ROOM] if sure[i] > least]
         if best:
-            examples = data.asnumpy()
+            examples = as_numpy(data)
             new = [(float(sure[i]), wrong[i]) for i in best]
             self.kept += [(p, examples[j].copy(), int(label[j]), int(said[j])) for p, j in new]
             self.keep_surest()
@@ -5214,11 +5740,19 @@ def speed_up(net: nn.HybridSequential, *blocks: nn.HybridBlock) -> None:
 
     Parameters, their gradients and the outputs stay what they are, to the rounding of float32. (So does what
     MXNet 1.9.1 gets wrong in compiled networks: in some the gradient of nn.PReLU's slope is too small.)
+    What MXNet cannot compile is left alone, and said.
     """
     for block in (net, *blocks):
-        block.hybridize(static_alloc=True, static_shape=True)
-    known = any(isinstance(hook, Compiler) for hook in net._forward_pre_hooks.values())
-    if try_gpu().device_type == 'cpu' and not known and not mx.util.is_np_array():
+        if isinstance(block, mx.gluon.HybridBlock):
+            block.hybridize(static_alloc=True, static_shape=True)
+        else:
+            say(f'speed_up：{type(block).__name__} 不是 nn.HybridSequential 这样的 HybridBlock，没有动它')
+    if type(net).forward is not mx.gluon.HybridBlock.forward or try_gpu().device_type != 'cpu':
+        return  # nothing compiles it as a whole, or it has done so itself, as a SymbolBlock does
+    amp = sys.modules.get('mxnet.contrib.amp.amp')
+    if mx.util.is_np_array() or (amp and amp._amp_initialized):
+        say('speed_up：用了 npx.set_np() 或 AMP，网络只编译，不另外加速')
+    elif not any(isinstance(hook, Compiler) for hook in net._forward_pre_hooks.values()):
         net.register_forward_pre_hook(Compiler())
 
 
@@ -5229,8 +5763,15 @@ class Compiler:
 
     def __init__(self):
         self.threads, self.kept = None, {}  # what it is compiled for; the last forms for two other numbers
+        self.told = False  # was it said that this network is compiled within another one?
 
     def __call__(self, net, inputs):
+        arrays = arrays_in(inputs)
+        if not arrays:  # Symbols: another network is being compiled
+            if not self.told:
+                self.told = True
+                say(f'speed_up：{net.name} 编译在另一个网络里，照原样算；要加速就 speed_up 外面的那个')
+            return
         if net._cached_op is None:  # the first time, or after hybridize()
             self.kept.clear()
         elif self.threads == threads.used:
@@ -5245,14 +5786,14 @@ class Compiler:
         if len(self.kept) > 2:  # each has memory of its own: the one that was used longest ago goes
             del self.kept[next(iter(self.kept))]
         # Blocks of 8 waste too little for it; cutting fewer images costs more than it saves, too: 1.1 times.
-        copying = BLOCK == 16 and inputs[0].shape[0] >= 64
+        copying = BLOCK == 16 and (batch_size_of(arrays) or 0) >= 64
         net.apply(self.prepare)
         if type(net).hybrid_forward is not nn.HybridSequential.hybrid_forward:
             return  # its layers do not just follow each other
         net.hybrid_forward = functools.partial(forward_in_blocks, net, copying)
-        first, *others = net._children.values()
-        if in_blocks(first, *others):  # MXNet finds out too late how many channels come in to cut its filters
-            first.weight.shape = first._channels, inputs[0].shape[1], *first._kwargs['kernel']
+        layers = list(net._children.values())
+        if in_blocks(*layers):
+            set_channels(layers[0], *arrays[0].shape[1:2])
 
     def prepare(self, layer):
         """Have a convolution keep to so many threads, and a Dense layer compute its ReLU quickly."""
@@ -5292,7 +5833,7 @@ def forward_in_blocks(net, copying, F, x):
         channels, copies = layer._channels, copying and room_for_copies(layer, pool, *layers)
         whole = channels - channels % BLOCK if copies else channels
         if parts[-1][2]:
-            layer.weight.shape = channels, parts[-1][2], *layer._kwargs['kernel']
+            set_channels(layer, parts[-1][2])
         filters = [array.var() for array in (layer.weight, layer.bias) if array is not None]
         if not copies:
             outputs = [(convolve(F, layer, parts, filters, channels), 0, channels)]
@@ -5312,6 +5853,14 @@ def forward_in_blocks(net, copying, F, x):
         if layer.act is not None:
             parts = [(layer.act(y), first, last) for y, first, last in parts]
     return parts[0][0]
+
+
+def set_channels(layer, *channels):
+    """Let a convolution know how many channels come in: MXNet finds out too late to cut its filters."""
+    known = layer.weight.shape
+    layer.weight.shape = layer._channels, *channels, *layer._kwargs['kernel']
+    if layer.weight.shape != known:
+        layer.weight._var = None  # a Symbol that was asked for before does not know
 
 
 def cut(F, part):
@@ -5451,6 +6000,7 @@ class Team(mx.kvstore.KVStoreBase):
     """
 
     type, rank, num_workers = 'dist_sync', 0, 1
+    NEEDED = 'progress', 'store', 'total', 'accuracy', 'batch_loss'  # what every training function must call
     WORDS = 512  # bytes of what the leading one says; each travels as a float32, there are no others
     SILENT = 8  # seconds without a sign of life, of which there is one a second; it is asked for twice more
 
@@ -5460,8 +6010,9 @@ class Team(mx.kvstore.KVStoreBase):
         self.children = {}  # name -> process on this machine
         self.ready, self.over = threading.Event(), threading.Event()
         self.kv, self.keys, self.silences = None, set(), 0  # the last: how many, in a row
-        self.agreed = None  # what Run.now() returns in all of them
+        self.agreed = None  # in all of them: running, learning rate, epochs, chat_param()'s values, Run.scale
         self.images, self.loss = None, None  # of the batch: how many in all; this one's part of its loss
+        self.called = set()  # which of NEEDED nn_train has called
 
     # -- until all are there
 
@@ -5513,14 +6064,13 @@ class Team(mx.kvstore.KVStoreBase):
         """Wait until all are there and begin with `this_run`; return False when 停止 came before."""
         if self.size == 1:
             return True
-        np.random.seed(this_run.seed % 2**32)  # who shuffles with it shuffles alike
         while self.leads and not self.ready.wait(0.2):
             with lock:
                 if not running:
                     return False
         if self.leads:
             content = read_private(this_run.checkpoint) if this_run.resumed is not None else b''
-            self.agreed = True, this_run.learning_rate, this_run.training_iters
+            self.agreed = True, this_run.learning_rate, this_run.training_iters, settings.own, this_run.scale
             about = this_run.seed, this_run.batch_size, this_run.person.name[:20]
             self.exchange((self.size, self.agreed, *about, len(content)))
             self.share(content)
@@ -5528,17 +6078,31 @@ class Team(mx.kvstore.KVStoreBase):
 
     def part(self, batch: Any, trains: bool = True) -> Any:
         """Return this process's share of a batch, that is of the rows of each array in it."""
-        n = len(batch[0]) if self.size > 1 else 0
+        n = batch_size_of(batch) if self.size > 1 else 0
+        if trains and not n and self.size > 1:
+            raise TypeError(f'几个进程一起训练：{type(batch).__name__} 这样的一批没有数组，分不开')
         if trains and n:
+            self.called.add('progress')
             self.images = n if n >= self.size else n * self.size
         if not n or trains and n < self.size:  # not one for each: each takes them all
             return batch
         first, last = n * self.rank // self.size, n * (self.rank + 1) // self.size
-        return [array[first:last] for array in batch] if last > first else None
+        share = functools.partial(map_arrays, lambda x: x[first:last] if x.shape[:1] == (n,) else x)
+        return share(batch) if last > first else None
+
+    def check_calls(self, *excused: str) -> None:
+        """Raise RuntimeError, in all processes, when the training function has not called what it must."""
+        missing = [f'utils.{name}' for name in self.NEEDED if name not in {*excused, *self.called}]
+        if self.size > 1 and missing:
+            raise RuntimeError(
+                f'{self.size} 个进程一起训练，训练函数要调用 {"、".join(missing)}（见 README）'
+            )
 
     def end_batch(self) -> None:
         """Agree on how to go on after a batch; raise NotFinite in all when one's loss is NaN."""
         if self.size > 1:
+            if run.steps:  # not before: it may add up the gradients of several batches
+                self.check_calls('accuracy')
             loss, self.loss = self.loss, None
             (mean,) = self.meet(loss or 0.0)
             if loss is not None:
@@ -5549,7 +6113,7 @@ class Team(mx.kvstore.KVStoreBase):
         if self.size == 1:
             return sums
         with lock:
-            words = running, run.learning_rate, run.training_iters
+            words = running, run.learning_rate, run.training_iters, settings.own, run.scale
         self.agreed, sums = self.exchange(words, sums)
         return sums
 
@@ -5584,7 +6148,7 @@ class Team(mx.kvstore.KVStoreBase):
 
     def pushpull(self, key, value, out=None, priority=0):
         """Let `out` become the sum of all processes' `value`, a list for one device: Trainer's gradients."""
-        (value,), (out,) = value, out or value
+        (value,), (out,) = ([each.as_nd_ndarray() for each in arrays] for arrays in (value, out or value))
         key = f'{key} {value.shape}'
         if key not in self.keys:  # once: a second time would wait for ever
             self.kv.init(key, nd.zeros(value.shape))
@@ -5597,6 +6161,7 @@ class Team(mx.kvstore.KVStoreBase):
 
     def broadcast(self, key, value, out, priority=0):
         """Let `out` become what the leading one has: a Trainer's parameters, before its first step."""
+        value = value.as_nd_ndarray()
         self.pushpull(key, [value if self.leads else nd.zeros_like(value)], out)
         nd.waitall()  # or the first gradients might overtake them
 
@@ -5764,18 +6329,6 @@ def missing_processes() -> str:
     return f'在等 {min(max(team.size + 2 - len(come), 1), team.size - 1)} 个训练进程加入{note}'
 
 
-NEEDED = 'store', 'total', 'accuracy', 'batch_loss'  # what a function must call that several processes train
-
-
-def objection_to(nn_train: Callable) -> str:
-    """Return why several processes cannot train `nn_train`; '' when they can."""
-    names = getattr(getattr(nn_train, '__code__', None), 'co_names', ())
-    missing = [f'utils.{name}' for name in NEEDED if name not in names]
-    if team.size == 1 or not missing:
-        return ''
-    return f'这个训练函数只能用一个进程：{team.size} 个一起，它要调用 {"、".join(missing)}（见 README）。'
-
-
 def connected_to(port: int) -> list:
     """Return the addresses from which somebody is connected to a port of this machine (Linux)."""
     with contextlib.suppress(OSError), open('/proc/net/tcp') as f:
@@ -5817,6 +6370,7 @@ def params() -> tuple:
 
 def store() -> Any:
     """Return what a Trainer takes as its kvstore: with --workers, the one that adds up all gradients."""
+    team.called.add('store')
     return team if team.size > 1 else 'device'
 
 
@@ -5825,6 +6379,7 @@ def total(n: int) -> int:
 
     Raises RuntimeError when there are --workers and the batch does not come from progress().
     """
+    team.called.add('total')
     if team.size > 1 and not team.images:
         raise RuntimeError('几个进程一起训练，训练的数据要从 utils.progress(train_data) 来')
     return team.images or n
@@ -5838,16 +6393,15 @@ def progress(data: Iterable, train: Optional[bool] = None) -> Iterator:
     epoch does, unless no Trainer takes a step in it; without any Trainer, it does. A loop over the train_data
     of load_data_fashion_mnist trains; evaluate_accuracy() does not.
     """
-    size = len(data) if hasattr(data, '__len__') else 0
+    size = operator.length_hint(data)  # 0 when nobody knows
     with lock:
         walk = run.begin_pass(size, train)
+    if walk.trains:
+        seed_epoch(run.seed, walk.epoch)
     if walk.trains and team.size > 1:
         labels = data.labels.tobytes() if isinstance(data, Batches) else b''
         compare('训练数据', [size, walk.first, labels])
-    if isinstance(data, Batches):
-        batches = data.read(walk.epoch if walk.trains else None, walk.first)
-    else:
-        batches = itertools.islice(data, walk.first, None)
+    batches = one_pass(data, walk.first, walk.epoch if walk.trains else None)
     name = f'第 {walk.epoch} 轮' if walk.trains else None
     how = itchat.instance.bar() if team.leads else {'disable': True}
     whole = False
@@ -5880,13 +6434,6 @@ def waiting_for_first(batches: Iterable, what: str) -> Iterator:
     yield from batches
 
 
-def batch_size_of(batch: Any) -> Optional[int]:
-    """Return how many examples a batch holds: the length of the first array in it; None when nobody knows."""
-    while isinstance(batch, (list, tuple)) and len(batch):
-        batch = batch[0]
-    return batch.shape[0] if getattr(batch, 'shape', ()) else None
-
-
 def batch_loss(loss: nd.NDArray) -> float:
     """Return the mean of the losses of a batch (N,), and keep it for 状态 and 曲线.
 
@@ -5894,7 +6441,8 @@ def batch_loss(loss: nd.NDArray) -> float:
     process's part of it. Raises FloatingPointError when it is NaN or infinite: nothing good can come of
     that run.
     """
-    numbers = loss.asnumpy()
+    team.called.add('batch_loss')
+    numbers = as_numpy(loss)
     count = numbers.shape[0] if numbers.ndim else 1
     if team.images:  # progress() adds up the parts
         team.loss = float(numbers.sum()) / team.images
@@ -5929,7 +6477,10 @@ def best_by(name: str, lower: bool = False) -> None:
     `lower`: the smaller the better. 最好, 早停, 回退 and ★ go by it. To be called once, before the loop.
     """
     with lock:
-        run.history.decide_by(name, lower)
+        if run.busy:
+            run.history.decide_by(name, lower)
+        else:
+            settings.best_by = name, lower
 
 
 def chat_inf(
@@ -5954,6 +6505,7 @@ def chat_inf(
         if run.is_cut_short():
             return
         batches = run.batches_reported(train_data)
+    team.check_calls(*['accuracy'] * (not sums[3]))
     loss = mean_of(*sums[:3], batches) if train_loss is not None else None
     accuracy = mean_of(*sums[3:], batches) if train_acc is not None else None
     test_acc = None if test_acc is None else float(test_acc)
@@ -5969,13 +6521,17 @@ def chat_inf(
     run.write_log()
 
 
-def load_checkpoint(net: Any, trainer: Any) -> tuple:
+def load_checkpoint(net: Any, trainer: Any, extra: Optional[dict] = None) -> tuple:
     """Return the epoch to go on with, which counts from 1, and the sums of loss and accuracy in it so far.
 
-    That is 1, 0, 0, unless a person has said 继续: then net and trainer become what they were, and the
-    learning rate is the one that was announced.
+    That is 1, 0, 0, unless a person has said 继续: then `net` and `trainer`, each one or a list of several,
+    become what they were, `extra` what save_checkpoint() was given, and the learning rate is the one that was
+    announced, where no scheduler decides. Raises RuntimeError when the checkpoint has another number of them.
     """
+    nets, trainers = as_list(net), as_list(trainer)
+    run.keepers = {id(each) for each in trainers}
     state = run.resumed
+    seed_epoch(run.seed, state['epoch'] if state else 1)
     if state is None:
         return 1, 0, 0
     where = run.folder or FOLDER  # TMPDIR may have no room; one of the --workers has no folder of the run
@@ -5983,22 +6539,40 @@ def load_checkpoint(net: Any, trainer: Any) -> tuple:
     with unpacked as folder, open_private(run.checkpoint) as f:
         with zipfile.ZipFile(f) as checkpoint:
             checkpoint.extractall(folder)
-        net.load_parameters(os.path.join(folder, 'net.params'), ctx=try_gpu())
-        trainer.load_states(os.path.join(folder, 'trainer.states'))
+        kept = [
+            len(glob.glob(os.path.join(glob.escape(folder), f'*.{kind}'))) for kind in ('params', 'states')
+        ]
+        if kept != [len(nets), len(trainers)]:
+            raise RuntimeError('检查点里有 %d 个网络、%d 个 Trainer，和这个训练函数的不一样' % tuple(kept))
+        for path, each in zip(part_names(folder, 'net.params'), nets):
+            each.load_parameters(path, ctx=try_gpu())
+        orders = zip(part_names(folder, 'trainer.states'), trainers, state['orders'])
+        for path, each, order in orders:
+            reorder_states(path, order, names_in_order(nets, each))
+            each.load_states(path)
+        if extra is not None:
+            extra.update(read_extra(folder))
     with lock:
         learning_rate = run.now()[1]
         run.loaded = True
-    trainer.set_learning_rate(learning_rate)
+    for each in trainers:
+        if each.optimizer.lr_scheduler is None and len(trainers) == 1:
+            each.set_learning_rate(learning_rate)
     return (state['epoch'], *own_sums(state))
 
 
-def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_acc: Any) -> tuple:
+def save_checkpoint(
+    net: Any, trainer: Any, epoch: int, train_loss: Any, train_acc: Any, extra: Optional[dict] = None
+) -> tuple:
     """Keep what 继续 needs; return the epoch to go on with and the sums in it so far, as load_checkpoint().
 
-    After a whole epoch that is epoch + 1, 0, 0; after one that 停止 cut short, what was given. A failure (a
-    full disk) is told, and the training goes on: the checkpoint before stays whole.
-    Raises FloatingPointError, and keeps the checkpoint before, when a parameter is not finite.
+    `net` and `trainer` are one each, or lists of several; `extra` is what else is to be kept, by name:
+    numbers, texts, lists, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0, 0; after one
+    that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes on: the
+    checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before, when a
+    parameter is not finite.
     """
+    nets = as_list(net)
     with run.during(Phase.SAVING):
         with lock:
             here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
@@ -6008,17 +6582,20 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
             row = run.history.row_of(epoch) if not state['batch'] else None
             is_best = row is not None and row is run.history.best
             state['row'] = row and row.number
+            state['orders'] = [names_in_order(nets, each) for each in as_list(trainer)]
+        seed_epoch(run.seed, here[0])
         if team.size > 1:
             add_sums(state)
-        even_out(net)
+        for each in nets:
+            even_out(each)
         if not state['epochs'] and not state['batch']:
             return here  # nothing has been learned yet
-        for name, parameter in net.collect_params().items():
+        for name, parameter in [pair for each in nets for pair in each.collect_params().items()]:
             if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
                 raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
         if is_best:
-            run.write('best.params', '最好的网络', net.save_parameters)
-        kept = net, trainer, state, losses, log
+            run.write('best.params', '最好的网络', nets[0].save_parameters)
+        kept = nets, as_list(trainer), state, losses, log, extra
         path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, *kept))
         if path and is_best:
             run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
@@ -6027,6 +6604,78 @@ def save_checkpoint(net: Any, trainer: Any, epoch: int, train_loss: Any, train_a
                 run.checkpoint = path
                 run.tell(checkpoint=path, kept=run.how_far())
     return here
+
+
+def names_in_order(nets: list, trainer: Any) -> list:
+    """Return where in the networks each of a Trainer's parameters is, in its order.
+
+    That order is of MXNet's names, dense9 behind dense10, and these count on from run to run in a process.
+    """
+    found = {}
+    for number, net in enumerate(nets):
+        inside = net._collect_params_with_prefix() if hasattr(net, '_collect_params_with_prefix') else {}
+        found.update({id(parameter): f'{number}.{name}' for name, parameter in inside.items()})
+    return [found.get(id(parameter), parameter.name) for parameter in trainer._params]
+
+
+def reorder_states(path: str, before: list, now: list) -> None:
+    """Bring the states of an optimizer that Trainer.save_states() has written into another order."""
+    if before == now or sorted(before) != sorted(now):
+        return
+    with open_private(path) as f:
+        states, optimizer = pickle.load(f)
+    place = {i: now.index(name) for i, name in enumerate(before)}
+    for counts in optimizer._all_index_update_counts.values():
+        moved = {place[i]: count for i, count in counts.items()}
+        counts.clear()
+        counts.update(moved)
+    with open(path, 'wb') as f:
+        pickle.dump(({place[i]: state for i, state in states.items()}, optimizer), f)
+
+
+def as_list(value: Any) -> list:
+    """Return the elements of a list or tuple, or the value alone."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def part_names(folder: str, name: str) -> Iterator:
+    """Yield the names of the files for several of a kind: net.params, net-2.params and so on."""
+    yield os.path.join(folder, name)
+    for number in itertools.count(2):
+        yield os.path.join(folder, f'-{number}'.join(os.path.splitext(name)))
+
+
+def chat_param(name: str, default: Any, smallest: Any = None, largest: Any = None) -> Any:
+    """Return a value of the training function's own that can be set by chat, `name 0.001`, as it stands.
+
+    It is `default`, an int or a float, until a person sets it; a checkpoint keeps it. To be called where the
+    value is used, for each batch or epoch. A default that is not negative makes 0 the `smallest`.
+    Raises ValueError for a name that cannot be one, TypeError for another kind of value.
+    """
+    if own_params.get(name, (None,) * 4)[3] != default:
+        declare(name, default, smallest, largest)
+    with lock:
+        own = team.agreed[3] if team.agreed else settings.own
+        value = own.get(name, run.own.get(name, default))
+        if run.own.get(name, value) != value:
+            run.marks.append((run.epochs_done(), f'{name} {value:g}'))
+        run.own[name] = value
+        return value
+
+
+def declare(name: str, default: Any, smallest: Any, largest: Any) -> None:
+    """Let a value be set by chat, and the talking process know of it."""
+    if not re.fullmatch(r'[a-z][a-z_0-9]{0,19}', name) or name in WORDS or name in NAMES:
+        raise ValueError(
+            f'chat_param：“{name}”不能当名字，要用小写字母、数字和 _，不能和命令、lr、ti、bs 相同'
+        )
+    if isinstance(default, bool) or not isinstance(default, (int, float)):
+        raise TypeError(f'chat_param：{name} 的初值要是 int 或 float')
+    lowest = 0 if default >= 0 else -math.inf
+    kind = 'int' if isinstance(default, int) else 'float'
+    limits = lowest if smallest is None else smallest, math.inf if largest is None else largest
+    own_params[name] = (kind, *limits, default)
+    itchat.instance.report('params', params=own_params)
 
 
 def lock_end(wechat_name: str) -> None:
@@ -6042,6 +6691,93 @@ def chat_send(text: str) -> None:
     """Send `text` to the one who started the run and to the supervisors; returns at once."""
     with lock:
         run.tell(text)
+
+
+class ChatHandler(
+    estimator.TrainBegin, estimator.EpochBegin, estimator.BatchBegin, estimator.BatchEnd, estimator.EpochEnd
+):
+    """Lets an Estimator's fit() inside nn_train be watched and steered like a training loop.
+
+    est.fit(train_data, val_data, epochs=params[1], event_handlers=[utils.ChatHandler(wechat_name)]) reports
+    every epoch with all metrics, takes lr and ti by chat, ends at 停止, and is saved and gone on with in the
+    middle of an epoch. Called by fit(), in the training thread.
+    """
+
+    priority = -1  # after the step and the metrics (-2000, -1000), before the Estimator's own StoppingHandler
+
+    def __init__(self, wechat_name: str):
+        self.wechat_name = wechat_name
+        self.epoch, self.loss, self.acc = 1, 0, 0
+
+    def train_begin(self, estimator: Any, *args, **kwargs) -> None:
+        """Take up a checkpoint; from now on the loader's batches are counted, and ti decides the end."""
+        self.epoch, self.loss, self.acc = load_checkpoint(estimator.net, estimator.trainer)
+        loader = sys._getframe(1).f_locals['train_data']  # fit() gives it to no handler
+        kind = type(loader)
+
+        class Counted(kind):
+            def __iter__(self):
+                return progress(SizedIterable(len(self), lambda: kind.__iter__(self)), train=True)
+
+        loader.__class__ = Counted
+        if estimator.max_epoch and estimator.max_epoch != params()[1]:
+            with lock:
+                run.training_iters = estimator.max_epoch
+        if estimator.max_epoch:
+            estimator.max_epoch = None  # before the StoppingHandler sees it
+
+    def epoch_begin(self, estimator: Any, *args, **kwargs) -> None:
+        """An epoch begins."""
+        lock_start()
+
+    def batch_begin(self, estimator: Any, *args, **kwargs) -> None:
+        """Let a new learning rate count, where no scheduler decides."""
+        if estimator.trainer.optimizer.lr_scheduler is None:
+            estimator.trainer.set_learning_rate(params()[0])
+
+    def batch_end(
+        self, estimator: Any, *args, loss: Any = None, pred: Any = None, label: Any = None, **_
+    ) -> bool:
+        """Add up; return True at 停止."""
+        self.loss += batch_loss(joined(loss))
+        if any(isinstance(metric, mx.metric.Accuracy) for metric in estimator.train_metrics):
+            self.acc += accuracy(joined(pred), joined(label))
+        return not running
+
+    def epoch_end(self, estimator: Any, *args, **kwargs) -> bool:
+        """Report and keep a checkpoint; return True when this was the last epoch."""
+        numbers, test_acc = {}, None
+        for metric in estimator.val_metrics:
+            name, value = metric.get()
+            if isinstance(metric, mx.metric.Accuracy):
+                test_acc = None if math.isnan(value) else value
+            elif not isinstance(metric, mx.metric.Loss) and not math.isnan(value):
+                numbers[name] = value
+        acc = self.acc if isinstance(self.acc, Share) else None
+        chat_inf(self.wechat_name, self.epoch, self.loss, acc, None, test_acc, **numbers)
+        kept = estimator.net, estimator.trainer, self.epoch, self.loss, self.acc
+        self.epoch, self.loss, self.acc = save_checkpoint(*kept)
+        return not lock_start() or self.epoch > params()[1]
+
+
+class SizedIterable:
+    """What a function returns an iterator over, with a length."""
+
+    def __init__(self, size: int, start: Callable):
+        self.size, self.start = size, start
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator:
+        return self.start()
+
+
+def joined(arrays: Any) -> nd.NDArray:
+    """Return the parts of a batch on several devices as one array; an array as it is."""
+    if not isinstance(arrays, list):
+        return arrays
+    return arrays[0] if len(arrays) == 1 else nd.concat(*(a.as_in_context(mx.cpu()) for a in arrays), dim=0)
 
 
 class Share(float):
@@ -6236,6 +6972,20 @@ def csv_line(cells: Iterable) -> str:
     return line.getvalue()
 
 
+class Scaled(mx.lr_scheduler.LRScheduler):
+    """A Trainer's scheduler, and a factor by which a person multiplies its rate: lr x0.5.
+
+    It travels in a checkpoint with the Trainer's states.
+    """
+
+    def __init__(self, scheduler: mx.lr_scheduler.LRScheduler, factor: float):
+        super().__init__(scheduler.base_lr)
+        self.scheduler, self.factor_by_chat = getattr(scheduler, 'scheduler', scheduler), factor
+
+    def __call__(self, num_update: int) -> float:
+        return self.scheduler(num_update) * self.factor_by_chat
+
+
 class Walk(enum.Enum):
     """Of a pass: GOING -> DONE, when the loop has ended or was left, or CUT, by 停止 in its middle."""
 
@@ -6345,7 +7095,7 @@ class Run:
         self.unwritten = set()  # what could not be written, and the person was told so
         self.logged, self.columns = 0, []  # rows in log.csv, a person's own columns there
         self.patience = 0  # with which it ended by itself
-        self.history = History()
+        self.history = History((), *settings.best_by)
         self.mistakes = []  # of the last evaluation: see Mistakes
         self.rolling_back = False  # is it to go back to the best epoch when it has ended?
         self.marks = []  # pairs: epochs done, what happened there, for the curve
@@ -6353,6 +7103,13 @@ class Run:
         self.live = None  # does nn_train ask for new values? None: it has not come to that yet
         self.wanted = {}  # values that were set by then
         self.steps, self.rate = 0, None  # that Trainers have taken; the learning rate of the last batch
+        self.steppers, self.keepers = (
+            set(),
+            None,
+        )  # id() of Trainers that step; that load_checkpoint() has had
+        self.last_rate = None  # as a Trainer has used it
+        self.scheduled, self.scale = False, 1.0  # has the Trainer a scheduler? by what is its rate multiplied
+        self.own = {}  # name -> value, as chat_param() has returned it last
         self.epochs = 0  # done
         self.batch = self.batches = 0  # done and in all in this epoch; 0 when progress() is not used
         self.unfinished = 0  # batches of the epoch that 继续 goes on with, until its pass begins
@@ -6374,6 +7131,7 @@ class Run:
         self.history = History(state['history'], *state['best_by'])
         self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
         self.unfinished, self.proven, self.rate = self.batch, state['proven'], state['rate']
+        self.scheduled, self.scale, self.own = state['scheduled'], state['scale'], state['own']
         self.clock = Clock(*state['clock'])
 
     def state(self, epoch: int, train_loss: Any, train_acc: Any) -> dict:
@@ -6394,6 +7152,9 @@ class Run:
             'best_by': (self.history.by, self.history.lower),
             'proven': self.proven,
             'rate': self.rate if cut else None,
+            'scheduled': self.scheduled,
+            'scale': self.scale,
+            'own': dict(self.own),
             'losses': {'size': self.losses.size, 'rest': self.losses.rest, 'last': self.losses.last},
             'clock': (self.clock.elapsed(), self.clock.in_epoch() if cut else 0.0, self.clock.rest),
             'params': (self.learning_rate, self.training_iters, self.batch_size),
@@ -6454,7 +7215,7 @@ class Run:
 
     def now(self) -> tuple:
         """Return what training goes by: may it go on, learning rate, number of epochs."""
-        return team.agreed or (running, self.learning_rate, self.training_iters)
+        return team.agreed[:3] if team.agreed else (running, self.learning_rate, self.training_iters)
 
     def note_place(self) -> None:
         """Let the talking process see where the run is."""
@@ -6484,7 +7245,13 @@ class Run:
     def count_step(self, trainer: Any) -> None:
         """A Trainer takes a step. What went before the first one was no pass that trains."""
         self.steps += 1
-        self.rate = float(trainer.learning_rate)
+        self.steppers.add(id(trainer))
+        scheduler = trainer.optimizer.lr_scheduler
+        self.scheduled = scheduler is not None
+        scale = team.agreed[4] if team.agreed else self.scale
+        if self.scheduled and scale != getattr(scheduler, 'factor_by_chat', 1):
+            trainer.optimizer.lr_scheduler = Scaled(scheduler, scale)
+        self.rate = self.last_rate = float(trainer.learning_rate)
         if self.steps == 1 and self.walk and self.walk.state is Walk.DONE and not self.walk.proven:
             self.epochs, self.believed, self.batch, self.walk = self.epochs - self.believed, 0, 0, None
             self.enter(Phase.TRAINING)
@@ -6500,7 +7267,7 @@ class Run:
         """Begin a pass over data of `size` batches (0: nobody knows)."""
         trains = self.busy and (self.open if said is None else said)
         if not trains:
-            walk = Pass((0, 0), size, False if said is None and not self.busy else said, False, self)
+            walk = Pass((0, 0), size, said if self.busy else False, False, self)
             self.enter(Phase.TESTING)
             return walk
         self.check_loaded()
@@ -6586,9 +7353,7 @@ class Run:
     def batches_reported(self, train_data: Any) -> Optional[int]:
         """Return over how many batches nn_train has summed up; None when nobody knows."""
         whole = self.walk is None or self.walk.done >= self.batches  # not left by a break
-        if whole and hasattr(train_data, '__len__'):
-            return len(train_data)
-        return self.batch or None
+        return whole and operator.length_hint(train_data) or self.batch or None
 
     def finish_epoch(
         self,
@@ -6616,9 +7381,20 @@ class Run:
         lines = [
             f'第 {row.epoch}/{self.length()} 轮',
             *measured(row),
+            *[f'学习率 {row.learning_rate:.4g}'] * self.scheduled,
+            *self.forgotten(),
             f'用时 {duration(seconds)}{self.time_left()}',
         ]
-        return Letter(data_note() + '\n'.join(lines), 'report', self.history.score(row))
+        return Letter('\n'.join(lines), 'report', self.history.score(row))
+
+    def forgotten(self) -> list:
+        """Return, in the first report, a line about Trainers that are in no checkpoint, if there are any."""
+        steppers, self.steppers = self.steppers, set()
+        if self.keepers is None or len(self.history.rows) > 1:
+            return []
+        lost = len(steppers - self.keepers)
+        how = '给 load_checkpoint、save_checkpoint 的 net 和 trainer 都可以是几个：[G, D]、[tG, tD]'
+        return [f'注意：有 {lost} 个 Trainer 不在检查点里，“继续”时它会从头开始；{how}'] * bool(lost)
 
     def finish_unreported(self, epoch: int) -> None:
         """Note that an epoch is done, of which there was no report, unless 停止 cut it short."""
@@ -6705,7 +7481,7 @@ class Run:
             lines += filter(None, [self.speed()])
             lines.append(f'已用 {duration(self.clock.elapsed())}{self.time_left()}')
         lines.append(self.values() if self.busy else values_now())
-        return data_note() + '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}'])
+        return '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}'])
 
     def speed(self) -> str:
         """Return how many images a second the present pass has trained, in words; '' when nobody knows."""
@@ -6714,8 +7490,9 @@ class Run:
         return f'速度 {self.walk.images / (self.clock.last - self.clock.epoch_began):.0f} 张/秒'
 
     def values(self) -> str:
-        """Return the three values that the run trains with, in words."""
-        return values_text(self.learning_rate, self.training_iters, self.batch_size)
+        """Return the values that the run trains with, in words."""
+        rate = self.last_rate if self.scheduled and self.last_rate else self.learning_rate
+        return values_text(rate, self.training_iters, self.batch_size, self.own)
 
     def closing_report(self) -> str:
         """Return how the run ended."""
@@ -6743,13 +7520,13 @@ class Run:
         return bool(self.folder) and os.path.exists(os.path.join(self.folder, 'best.zip'))
 
     def drawn(self) -> dict:
-        """Return what draw_curve() draws of the run."""
+        """Return what draw_curve() draws of the run; of one with a scheduler, the learning rate, too."""
+        rows = self.history.rows[:]
+        numbers = [
+            {**row.numbers, 'lr': row.learning_rate} if self.scheduled else row.numbers for row in rows
+        ]
         kept = {'losses': self.losses.points[:], 'marks': self.marks[:], 'data': self.data}
-        return {
-            **kept,
-            'history': self.history.rows[:],
-            'numbers': [row.numbers for row in self.history.rows],
-        }
+        return {**kept, 'history': rows, 'numbers': numbers}
 
     def curve(self) -> Callable:
         """Return a function that draws the curves so far and returns the path of the picture.
@@ -6889,8 +7666,9 @@ def trying(what: str, function: Callable) -> Callable:
 
 
 def values_now() -> str:
-    """Return the three values as they stand for the next run. Needs the lock."""
-    return values_text(learning_rate, training_iters, batch_size)
+    """Return the values as they stand for the next run. Needs the lock."""
+    own = {name: settings.own.get(name, own_params[name][3]) for name in own_params}
+    return values_text(learning_rate, training_iters, batch_size, own)
 
 
 def data_note() -> str:
@@ -6925,82 +7703,241 @@ def error_lines(error: BaseException) -> list:
     return lines + [f'{os.path.basename(p.filename)} 第 {p.lineno} 行：{p.line}' for p in frames[-1:]]
 
 
-def draw_marks(marks: Iterable, above: Any, *others: Any) -> None:
-    """Draw a grid into axes, and a dashed line for each (epochs, word); the words stand in the first."""
-    for axes in (above, *others):
-        axes.grid(alpha=0.3)
-        for epochs, _ in marks:
-            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8)
-    for epochs, word in marks:
-        above.annotate(
-            word,
-            (epochs, 1),
-            xycoords=('data', 'axes fraction'),
-            rotation=90,
-            va='top',
-            ha='right',
-            color='gray',
-        )
+CHINESE_FONTS = (  # names of files, the best first
+    *(r'(NotoSansCJK|NotoSansSC|SourceHanSans).*Regular', 'wqy-microhei', 'wqy-zenhei', 'msyh', 'simhei'),
+    *('PingFang', 'Hiragino Sans GB', 'STHeiti', 'DroidSansFallback', 'NotoSans(CJK|SC)', 'SourceHan'),
+    *('NotoSerif(CJK|SC)', 'simsun', 'Songti', 'uming', 'ukai', 'Arial Unicode'),
+)
+MARKS = {'restarted': '重启', 'back here': '回退到这里'}
+CLASSES = 'T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot'.split()  # of Fashion-MNIST
+CHINESE_CLASSES = 'T恤 裤子 套头衫 连衣裙 外套 凉鞋 衬衫 运动鞋 包 短靴'.split()
+
+
+@functools.lru_cache(1)
+def chinese_font() -> tuple:
+    """Return (path of a font file of this machine's with Chinese, the numbers of its characters).
+
+    (None, those of ASCII) where there is none.
+    """
+    from matplotlib import font_manager, ft2font
+
+    paths = sorted(font_manager.findSystemFonts())
+    for pattern in CHINESE_FONTS:
+        for path in paths:
+            with contextlib.suppress(OSError, RuntimeError):  # damaged, no font at all
+                if re.search(pattern, os.path.basename(path), re.I):
+                    characters = frozenset(ft2font.FT2Font(path).get_charmap())
+                    if characters.issuperset(map(ord, '损失精度轮')):
+                        return path, characters
+    return None, frozenset(range(32, 127))
+
+
+def in_picture(chinese: str, english: str = '') -> str:
+    """Return what a picture can say: the Chinese where there is a font for all of it, else the English.
+
+    Without that, the characters of it that can be drawn.
+    """
+    drawable = [c for c in chinese if ord(c) in chinese_font()[1]]
+    text = english if english and len(drawable) < len(chinese) else ''.join(drawable)
+    return text.replace('$', r'\$')  # matplotlib's sign for a formula
+
+
+def font(size: float) -> Any:
+    """Return the font of what is written in pictures, in points; 12 are 13 pixels on a phone 390 wide."""
+    from matplotlib.font_manager import FontProperties
+
+    return FontProperties(fname=chinese_font()[0], size=size)
 
 
 def draw_curve(
     path: str, history: list, losses: list, marks: Iterable = (), numbers: Iterable = (), data: str = ''
 ) -> None:
-    """Draw loss and accuracies over the epochs, the loss of every batch thin behind, as a PNG for a phone.
+    """Draw losses, accuracies and a person's own numbers over the epochs, as a PNG for a phone.
 
-    `marks` are dashed lines with a word, `numbers` a person's own, one dict for each row of `history`.
+    `losses` are pairs (epochs done by then, loss of a batch), `marks` (epochs, word), `numbers` a dict for
+    each row of `history`. What is None, NaN or zero in every epoch was not measured and gets no panel.
     """
     from matplotlib.figure import Figure  # takes half a second, so not before it is needed
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(5, 6.5), dpi=160, layout='constrained')
-    title = f'test acc {history[-1][3]:.3f} after {history[-1][0]} epochs' if history else 'first epoch'
-    figure.suptitle('drawn images, not Fashion-MNIST' if data == 'demo' else title)
-    own = sorted({name for row in numbers for name in row})
-    above, below, *others = figure.subplots(2 + bool(own), sharex=True)
-    if losses:
-        above.plot(*zip(*losses), color='tab:blue', alpha=0.4, linewidth=0.8, label='loss of each batch')
-    if history:
-        epochs, loss, train_acc, test_acc = list(zip(*history))[:4]
-        above.plot(epochs, loss, 'o-', color='tab:blue', label='train loss')
-        below.plot(epochs, train_acc, 'o-', color='tab:orange', label='train acc')
-        below.plot(epochs, test_acc, 's--', color='tab:green', label='test acc')
-        below.legend(fontsize=12, loc='lower right')
-    if losses or history:
-        above.legend(fontsize=12)
-    # A few wild batches must not press the rest to the ground.
-    finite = [loss for _, loss in losses if math.isfinite(loss)] + [row[1] for row in history]
-    above.set(ylabel='loss')
-    if finite:
-        low, high = min(0, np.percentile(finite, 2)), max(0, np.percentile(finite, 98))
-        above.set_ylim(1.2 * low, 1.2 * high or 1)
-    below.set(ylabel='accuracy', ylim=(0, 1), xlim=(0, None))
-    (others or [below])[0].set_xlabel('epoch')
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for name in own:
-        points = [(row[0], values[name]) for row, values in zip(history, numbers) if name in values]
-        others[0].plot(*zip(*points), 'o-', label=name)
-        others[0].legend(fontsize=12)
-    draw_marks(marks, above, below, *others)
+    rows = np.array([row[:4] for row in history], float).reshape(-1, 4).T
+    own = sorted({name for row in numbers for name in row})[:8]
+    measured = bool(np.nan_to_num(rows[2:]).any())
+    end = max([1, *rows[0], *(epochs for epochs, _ in (*losses[-1:], *marks))])
+    words, marks = labels_of(marks, end), list(marks)
+    lanes = 1 + max((lane for lane, _, _ in words), default=-1)
+    heights = [0.25 * lanes] * bool(lanes) + [2.85] * (1 + measured) + [1.7] * len(own)
+    figure = Figure(figsize=(5, 0.8 + sum(heights)), dpi=160, layout='constrained')
+    figure.suptitle(curve_title(rows, measured, data), fontproperties=font(13))
+    panels = list(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
+    if lanes:
+        draw_labels(panels.pop(0), words, lanes)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=11)
+        for epochs, _ in marks:
+            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8, alpha=min(1, 20 / len(marks)))
+    panels[-1].set_xlim(-0.02 * end, 1.03 * end)
+    panels[-1].set_xlabel(in_picture('轮', 'epoch'), fontproperties=font(12))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    draw_losses(panels.pop(0), losses, *rows[:2])
+    if measured:
+        names = in_picture('训练', 'train'), in_picture('测试', 'test')
+        lines = (('tab:orange', '-', rows[2], names[0]), ('tab:green', '--', rows[3], names[1]))
+        draw_lines(panels.pop(0), in_picture('精度', 'accuracy'), rows[0], lines)
+    for axes, name, title in zip(panels, own, own_titles(own)):
+        values = np.array([row.get(name, np.nan) for row in numbers], float)
+        draw_lines(axes, title, rows[0], [('tab:purple', '-', values, '')], wild=True)
     figure.savefig(path, format='png')
 
 
-CLASSES = 'T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot'.split()  # of Fashion-MNIST
+def curve_title(rows: np.ndarray, measured: bool, data: str) -> str:
+    """Return the title of the curves of epochs: float (4, N)."""
+    drawn = in_picture('（演示数据）', ' (drawn images)') if data == 'demo' else ''
+    if not rows.size:
+        return in_picture('第一轮', 'first epoch') + drawn
+    epoch, loss, _, test_acc = rows[:, -1]
+    what, name, value = '测试精度', 'test acc', f'{test_acc:.3f}' if test_acc <= 1 else f'{test_acc:.4g}'
+    if not measured or not math.isfinite(test_acc):
+        what, name, value = '损失', 'loss', f'{loss:.4g}'
+    many = '' if epoch == 1 else 's'
+    return in_picture(f'{epoch:.0f} 轮，{what} {value}', f'{name} {value}, {epoch:.0f} epoch{many}') + drawn
+
+
+def own_titles(names: list) -> list:
+    """Return what a picture calls a person's own numbers: by a number, where it cannot write the name."""
+    titles = [in_picture(name)[:30] if set(map(ord, name)) <= chinese_font()[1] else '' for name in names]
+    counted = [f'{title or in_picture("自己的数", "own number")} {i}' for i, title in enumerate(titles, 1)]
+    return [title if title and titles.count(title) == 1 else other for title, other in zip(titles, counted)]
+
+
+def draw_losses(axes: Any, losses: list, epochs: np.ndarray, means: np.ndarray) -> None:
+    """Draw the losses of the batches as a smooth line with its band, and their mean in each epoch."""
+    lines = [('tab:blue', '-', means, in_picture('每轮', 'epoch'))]
+    draw_lines(axes, in_picture('损失', 'loss'), epochs, lines, wild=True)
+    places, batches = np.array(losses, float).reshape(-1, 2).T
+    if np.isfinite(batches).any():
+        x, line, low, high = smooth(spread(places), batches)
+        axes.fill_between(x, low, high, color='tab:blue', alpha=0.15, linewidth=0)
+        axes.plot(x, line, color='tab:blue', alpha=0.6, linewidth=1, label=in_picture('每批', 'batch'))
+        add_legend(axes)
+        fit(axes, means, line, low, high, wild=True)
+
+
+def draw_lines(axes: Any, title: str, epochs: np.ndarray, lines: Iterable, wild: bool = False) -> None:
+    """Draw lines (colour, style, values, name) under a title; what is not finite is left out."""
+    markers = 'os' if len(epochs) <= 40 else ('', '')
+    for marker, (colour, style, values, name) in zip(markers, lines):
+        there = np.isfinite(values)
+        if there.any():
+            axes.plot(epochs[there], values[there], marker + style, color=colour, markersize=5, label=name)
+    axes.set_title(title, loc='left', fontproperties=font(12))
+    if any(name for *_, name in lines):
+        add_legend(axes)
+    fit(axes, *(values for _, _, values, _ in lines), wild=wild)
+
+
+def add_legend(axes: Any) -> None:
+    """Put the names of the lines beside the panel: above it, to the right."""
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        how = {'loc': 'lower right', 'bbox_to_anchor': (1, 1), 'borderaxespad': 0.2, 'ncols': len(handles)}
+        axes.legend(handles, names, frameon=False, prop=font(12), columnspacing=1, handlelength=1.5, **how)
+
+
+def fit(axes: Any, *lines: np.ndarray, wild: bool = False) -> None:
+    """Let an axis show the values of lines: all, or, of a `wild` one, those not far from the rest."""
+    shown = []
+    for values in lines:
+        values = values[np.isfinite(values)]
+        if wild and len(values) >= 10:
+            low, high = np.percentile(values, [5, 95])
+            near = np.abs(values - (low + high) / 2) <= 3.5 * (high - low)
+            values = values[near] if high > low else values
+        shown.extend(values)
+    if shown:
+        low, high = min(shown), max(shown)
+        room = 0.07 * (high - low) or 0.05 * abs(high) or 0.05
+        axes.set_ylim(low - room, high + room)
+    axes.ticklabel_format(axis='y', useOffset=False)
+
+
+def spread(places: np.ndarray) -> np.ndarray:
+    """Return where losses stand, with those of one place, an epoch without progress(), spread out up to it.
+
+    >>> spread(np.array([1.0, 1, 2, 2.5])).tolist()
+    [0.5, 1.0, 2.0, 2.5]
+    """
+    ends, first, counts = np.unique(places, return_index=True, return_counts=True)
+    before = np.concatenate([[max(0.0, ends[0] - 1)], ends[:-1]])
+    part = (np.arange(len(places)) - np.repeat(first, counts) + 1) / np.repeat(counts, counts)
+    return np.repeat(before, counts) + part * np.repeat(ends - before, counts)
+
+
+def smooth(x: np.ndarray, y: np.ndarray) -> tuple:
+    """Return the places, the means and the 10th and 90th percentiles of about 200 windows over (N,) points.
+
+    What is beyond the percentiles counts as they do; of few points each is its own window.
+    """
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    width = max(1, len(y) // 50)
+    windows = np.lib.stride_tricks.sliding_window_view(y, width)[:: max(1, width // 4)]
+    low, high = np.percentile(windows, [10, 90], axis=1)
+    means = np.clip(windows, low[:, None], high[:, None]).mean(axis=1)
+    places = np.lib.stride_tricks.sliding_window_view(x, width)[:: max(1, width // 4)].mean(axis=1)
+    return places, means, low, high
+
+
+def labels_of(marks: Iterable, end: float) -> list:
+    """Return [(lane, from where, text)] for the words of marks: those that would cover each other stand in
+    different lanes, or are one with a number. What finds no room in four lanes is left out."""
+    unit = end / 4.1 * 11 / 72  # how wide a Chinese character of 11 points is, in epochs, on 4.1 inches
+    groups, lanes, placed = [], [0.0] * 4, []
+    for epochs, word in sorted(marks, key=lambda mark: mark[0]):
+        text = in_picture(MARKS.get(word, word), word)
+        width = unit * sum(1.0 if ord(c) > 255 else 0.6 for c in text + ' x99')
+        if groups and groups[-1][1] == text and epochs - groups[-1][0] < width:
+            groups[-1][2] += 1
+        else:
+            groups.append([epochs, text, 1, width])
+    for epochs, text, count, width in groups:
+        start = min(max(epochs - width / 2, 0), max(end - width, 0))
+        for lane, until in enumerate(lanes):
+            if start >= until:
+                lanes[lane] = start + width
+                placed.append((lane, start, text + f' x{count}' * (count > 1)))
+                break
+    return placed
+
+
+def draw_labels(axes: Any, labels: list, lanes: int) -> None:
+    """Write what labels_of() returned into a strip above the panels."""
+    axes.set_axis_off()
+    axes.set_ylim(lanes, 0)
+    for lane, start, text in labels:
+        axes.text(start, lane + 0.5, text, va='center', color='dimgray', fontproperties=font(11))
 
 
 def draw_mistakes(mistakes: list, path: str) -> None:
     """Draw what Mistakes has kept, each with 'true > said' and how sure, as a PNG for a phone."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 6.2), dpi=160, layout='constrained')
-    axes = figure.subplots(4, 4).ravel()
-    names = CLASSES if max(max(true, said) for _, _, true, said in mistakes) < len(CLASSES) else None
+    rows = math.ceil(len(mistakes) / 4)
+    columns = math.ceil(len(mistakes) / rows)
+    size = 5 / columns
+    figure = Figure(figsize=(5, rows * (size + 0.3)), dpi=160, layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    names = CHINESE_CLASSES if chinese_font()[0] else CLASSES
+    names = names if max(max(true, said) for _, _, true, said in mistakes) < len(CLASSES) else None
     for ax in axes:
         ax.axis('off')
     for ax, (sure, image, true, said) in zip(axes, mistakes):
         ax.imshow(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0), cmap='gray')
         true, said = (names[label] if names else label for label in (true, said))
-        ax.set_title(f'{true}\n\u2192 {said} {sure:.0%}', fontsize=9)
+        arrow = in_picture('→', '>')
+        ax.set_title(
+            f'{true}\n{arrow} {said} {sure:.0%}', fontproperties=font(11 if chinese_font()[0] else 10)
+        )
     figure.savefig(path, format='png')
 
 
@@ -7024,17 +7961,50 @@ def write_whole(path: str, write: Callable) -> None:
             os.remove(path + NEW)
 
 
-def write_checkpoint(path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray, log: str) -> None:
+def write_checkpoint(
+    path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray, log: str, extra: Optional[dict] = None
+) -> None:
     """Write last.zip to `path`."""
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), suffix=NEW) as folder:
-        net.save_parameters(os.path.join(folder, 'net.params'))
-        trainer.save_states(os.path.join(folder, 'trainer.states'))
+        for name, each in zip(part_names(folder, 'net.params'), as_list(net)):
+            each.save_parameters(name)
+        for name, each in zip(part_names(folder, 'trainer.states'), as_list(trainer)):
+            each.save_states(name)
+        write_extra(folder, extra or {})
         np.save(os.path.join(folder, 'losses.npy'), losses)
         append(os.path.join(folder, 'run.json'), json.dumps(state, ensure_ascii=False), 'w')
         append(os.path.join(folder, 'log.csv'), log, 'w')
         with zipfile.ZipFile(path, 'w') as checkpoint:
             for name in os.listdir(folder):
                 checkpoint.write(os.path.join(folder, name), name)
+
+
+def write_extra(folder: str, extra: dict) -> None:
+    """Write what a person wants kept: JSON, with the arrays in it in a file beside."""
+    arrays = []
+
+    def as_reference(value: Any) -> dict:
+        if not isinstance(value, (np.ndarray, np.generic, nd.NDArray)):
+            raise TypeError(f'extra：{type(value).__name__} 存不了，要是数、文字、列表、字典或数组')
+        arrays.append(value.asnumpy() if isinstance(value, nd.NDArray) else np.asarray(value))
+        return {'array': len(arrays) - 1, 'of': 'mxnet' if isinstance(value, nd.NDArray) else 'numpy'}
+
+    append(os.path.join(folder, 'extra.json'), json.dumps(extra, default=as_reference), 'w')
+    np.savez(os.path.join(folder, 'extra.npz'), *arrays)
+
+
+def read_extra(folder: str) -> dict:
+    """Return what write_extra() has written."""
+    with np.load(os.path.join(folder, 'extra.npz')) as arrays:
+
+        def revive(value: dict) -> Any:
+            if set(value) != {'array', 'of'}:
+                return value
+            array = arrays[f'arr_{value["array"]}']
+            return nd.array(array, dtype=array.dtype) if value['of'] == 'mxnet' else array
+
+        with open(os.path.join(folder, 'extra.json'), encoding='utf-8') as f:
+            return json.load(f, object_hook=revive)
 
 
 def back_to_best(folder: Optional[str]) -> str:
@@ -7054,7 +8024,7 @@ def back_to_best(folder: Optional[str]) -> str:
         write_whole(last, lambda path: write_zip(path, content))
         write_whole(log, lambda path: append(path, content['log.csv'].decode(), 'w'))
     except FileNotFoundError:
-        return '没有可以回去的检查点：有过一轮以后才有。'
+        return '没有可以回去的检查点：有过一轮、量过好坏以后才有。'
     except (OSError, ValueError) as error:
         return f'回不去：{first_line(error)}'
     history = History(state['history'], *state['best_by'])
@@ -7213,12 +8183,14 @@ class Settings:
         self.chosen = set()  # which of the three values a person has set: 继续 takes the others from it
         self.touched = set()  # which of them are no longer the script's: set, or taken from a checkpoint
         self.report_every, self.patience = 1, 0
+        self.own = {}  # what was set of chat_param()'s values
+        self.best_by = ('test_acc', False)  # of runs to come: see best_by()
 
     def kept(self) -> dict:
         """Return what is to be remembered."""
         values = {name: globals()[name] for name in LIMITS if name in self.touched}
         own = {'chosen': sorted(self.chosen), 'report_every': self.report_every, 'patience': self.patience}
-        return {'values': values, **own}
+        return {'values': values, 'own': dict(self.own), **own}
 
     def adopt(self, kept: dict) -> None:
         """Go by what was remembered."""
@@ -7237,10 +8209,26 @@ class Commands:
 
     def __init__(self, nn_train: Callable):
         self.nn_train = nn_train
+        self.switches = ()  # of MXNet, each thread's own: see note_switches()
         self.runs_so_far = 0
         self.news = {}  # what the commands have done that is to be remembered of the run
         self.wrong = False  # was one of them wrong?
         self.job = None  # what the main thread is to train, when that is answered
+
+    def note_switches(self) -> None:
+        """Note how MXNet computes in this thread, the script's own: nn_train may have to run in another."""
+        numpy = mx.util.is_np_shape(), mx.util.is_np_array()
+        recording = mx.autograd.is_recording(), mx.autograd.is_training()
+        self.switches = threading.get_ident(), numpy, recording, mx.current_context()
+
+    def adopt_switches(self) -> None:
+        """Let MXNet compute so in this thread, if that is another one."""
+        thread, numpy, (recording, training), ctx = self.switches
+        if thread != threading.get_ident():
+            mx.util.set_np(*numpy)
+            mx.autograd.set_recording(recording)
+            mx.autograd.set_training(training)
+            ctx.__enter__()  # for good
 
     def carry_out(self, commands: list, almost: str, asked: Asked) -> list:
         """Carry out commands, from dicts of Said, up to the first wrong one; return the answers."""
@@ -7270,7 +8258,7 @@ class Commands:
 
     def start(self, asked: Asked) -> str:
         """Train from the beginning."""
-        refusal = is_busy() or objection_to(self.nn_train)
+        refusal = is_busy()
         if refusal:
             return refusal
         this_run = Run(asked.person)
@@ -7284,7 +8272,7 @@ class Commands:
     def resume(self, asked: Asked) -> str:
         """Go on from the last checkpoint, or silently from the one that is asked for."""
         global learning_rate, training_iters, batch_size
-        refusal = is_busy() or objection_to(self.nn_train)
+        refusal = is_busy()
         if refusal:
             return refusal
         path, state = (asked.path, read_checkpoint(asked.path)) if asked.path else last_checkpoint()
@@ -7304,7 +8292,8 @@ class Commands:
             note += f'\nbs {bs}：下次开始时生效，没训练完的这一轮接着用原来的'
         learning_rate, training_iters, batch_size = lr, ti, bs
         settings.touched.update(LIMITS)
-        changed = [f'lr {lr:g}'] * (lr != state['params'][0]) + ['restarted'] * bool(asked.path)
+        changed = [f'lr {lr:g}'] * (lr != state['params'][0] and not state['scheduled'])
+        changed += ['restarted'] * bool(asked.path)
         state['params'] = lr, ti, state['params'][2] if state['batch'] else bs
         this_run = Run(asked.person)
         this_run.resume(path, state)
@@ -7339,7 +8328,7 @@ class Commands:
         if not run.busy:
             return back_to_best(folder_to_go_back_in())
         if not run.has_best():
-            return '没有可以回去的检查点：有过一轮以后才有。训练接着做。'
+            return '没有可以回去的检查点：有过一轮、量过好坏以后才有。训练接着做。'
         run.rolling_back = True
         return f'{self.stop()}\n停下以后回到最好的一轮。'
 
@@ -7387,7 +8376,7 @@ class Commands:
 
     def help(self, asked: Asked) -> str:
         """List the commands."""
-        return HELP
+        return help_text()
 
     # -- settings
 
@@ -7405,25 +8394,37 @@ class Commands:
         settings.patience = asked.number
         if not asked.number:
             return '好，不早停了。'
-        return f'好，测试精度 {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
+        what = TITLES.get(run.history.by, run.history.by)
+        return f'好，{what} {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
 
     def set_values(self, pairs: list) -> str:
         """Set each of [(name, text)] that is allowed; return the answer."""
         answer = []
         for name, text in pairs:
             try:
-                old = learning_rate
-                globals()[name] = read_value(name, text, old)
-                settings.chosen.add(name)
-                settings.touched.add(name)
-                if text[0] in 'x*/':
-                    answer.append(f'lr：{old:g} → {learning_rate:g}')
-                if running:
-                    answer.append(apply_to_run(name))
+                answer += self.set_value(name, text)
             except ValueError as error:
                 answer.append(str(error))
                 self.wrong = True
         return '\n'.join(answer)
+
+    def set_value(self, name: str, text: str) -> list:
+        """Set a value; return what is to be said of it besides what it is. Raises ValueError."""
+        relative = text[0] in 'x*/'
+        if name in own_params:
+            settings.own[name] = read_value(name, text)
+            return [f'{name} = {settings.own[name]:g}'] if running else []
+        if name == 'learning_rate' and relative and running and run.scheduled:
+            factor = read_value(name, text, 1.0)
+            run.scale *= factor
+            run.marks.append((run.epochs_done(), f'lr x{factor:g}'))
+            return [f'lr：scheduler 给的学习率从下一批起乘 {run.scale:g}']
+        old = learning_rate
+        globals()[name] = read_value(name, text, old)
+        settings.chosen.add(name)
+        settings.touched.add(name)
+        answer = [f'lr：{old:g} → {learning_rate:g}'] if relative else []
+        return answer + [apply_to_run(name)] if running else answer
 
     def alone(self, asked: Asked) -> str:
         """Say that a command is the talking process's, which carries it out only by itself."""
@@ -7443,6 +8444,8 @@ def is_busy() -> str:
 def apply_to_run(name: str) -> str:
     """Give a new value to the run, if it asks for new ones; return from when. Needs the lock."""
     short, later = text_of(name), '下次开始时生效'
+    if name == 'learning_rate' and run.scheduled:
+        return f'{short}：Trainer 的 scheduler 决定它，{later}；现在要改就发 lr x0.5'
     if name == 'batch_size' or run.live is False:
         return f'{short}：{later}'
     value = globals()[name]
@@ -7467,7 +8470,11 @@ def chat_supervisor(nn_train: Callable) -> None:
     is (learning_rate, training_iters, batch_size). With --join there is no chat: this trains along and does
     not return.
     """
-    itchat.instance.commands = Commands(nn_train)
+    read_own_options()
+    if itchat.instance.commands is None:
+        itchat.instance.commands = Commands(nn_train)
+    itchat.instance.commands.nn_train = nn_train  # the cell of a notebook was run again
+    itchat.instance.commands.note_switches()
     if not team.leads:
         try:
             team.follow(nn_train)
@@ -7479,7 +8486,7 @@ def chat_supervisor(nn_train: Callable) -> None:
 def train(nn_train: Callable, this_run: Run) -> None:
     """Run nn_train to its end, in the main thread; whatever it raises, the next 开始 works."""
     threads.begin()
-    mx.random.seed(this_run.seed)
+    seed_epoch(this_run.seed, 0)
     if NUMPY_2:  # MXNet passes on numbers as they print; numpy's would print as np.int64(3)
         np.set_printoptions(legacy='1.25')
     try:
@@ -7547,7 +8554,8 @@ class Remote(itchat.Core):
         super().__init__()
         self.functionDict = itchat.instance.functionDict  # the handlers that were registered already
         self.line, self.talker = None, None  # the latter: the process, where this one has started it
-        self.commands = None
+        self.commands = getattr(itchat.instance, 'commands', None)
+        self.listener, self.training = None, None  # threads; the latter if run() does not keep the caller's
         self.jobs = queue.SimpleQueue()  # (nn_train, Run); None at the end
         self.admitted = queue.SimpleQueue()  # the answer to the login
         self.replies, self.numbers = {}, itertools.count()  # number of a call -> where its answer goes
@@ -7559,6 +8567,7 @@ class Remote(itchat.Core):
         self.handling = Worker('handlers')
         self.printing = Worker('printing')
         self.orphaned = False  # has nobody talked for a while?
+        self.folder_lock = None
 
     # -- what the script calls
 
@@ -7572,15 +8581,23 @@ class Remote(itchat.Core):
         if self.line is not None:
             return  # there is a session
         make_streams_safe()
+        read_own_options()
         self.connect()
+        with self.taking_signals():
+            self.log_in(hotReload, statusStorageDir, callbacks)
+
+    def log_in(self, hotReload: bool, statusStorageDir: Optional[str], callbacks: dict) -> None:
+        """Do what auto_login() is for."""
         self.callbacks = {name: function for name, function in callbacks.items() if callable(function)}
         how = {'hotReload': bool(hotReload), 'statusStorageDir': statusStorageDir}
         self.line.send('login', given=vars(options), how={**how, 'callbacks': list(self.callbacks)})
-        threading.Thread(target=self.listen, name='listening', daemon=True).start()
+        self.listener = threading.Thread(target=self.listen, name='listening', daemon=True)
+        self.listener.start()
         answer = self.admitted.get()
         if answer['do'] == 'exit':
             self.line.send('bye', status=answer['status'])
             self.exit(answer['status'])
+            sys.exit(answer['status'])  # the cell of a notebook
         with waiting_for('在等上一个训练进程存完检查点'):
             self.folder_lock = lock_folder(1, wait=True)
         remove_leftovers()
@@ -7588,6 +8605,7 @@ class Remote(itchat.Core):
             settings.adopt(answer['settings'])
             self.sent = settings.kept()
             folders.update(answer['folders'])
+            own_params.update(answer['params'])
             if self.commands:
                 self.commands.runs_so_far = answer['last']
         if team.size > 1 and team.leads:
@@ -7596,33 +8614,64 @@ class Remote(itchat.Core):
     def connect(self) -> None:
         """Reach the talking process: the one that has started this, else one that is started now."""
         global place
-        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
         if role == 'trains':
-            self.line, numbers = Line(int(role_words[0])), numbers[:1]
+            self.line = Line(int(role_words[0]))
         else:
             with make_place_file() as shared:
                 place = Place(shared.fileno())
                 here = os.path.dirname(os.path.abspath(__file__))
                 code = f'import sys; sys.path.insert(0, {here!r}); import utils'
-                self.talker, ours = start_process('talks', ['-c', code], shared)
+                # A notebook has no terminal to type into; the end of the input would end the program.
+                how = {'stdin': subprocess.PIPE} if INTERACTIVE else {}
+                self.talker, ours = start_process('talks', ['-c', code], shared, **how)
             self.line = Line(ours.detach())
+
+    @contextlib.contextmanager
+    def taking_signals(self) -> Iterator:
+        """Have the program end in order at a signal from here on; in a notebook only within this."""
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 1 if role == 'trains' else 3]
+        before = {}
         if threading.current_thread() is threading.main_thread():
             for number in numbers:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                    signal.signal(number, self.hand_on_signal)
+                    before[number] = signal.signal(number, self.hand_on_signal)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if INTERACTIVE:  # the second signal
+                self.talker.kill()
+                self.exit(130)
+            raise
+        finally:
+            for number, handler in before.items() if INTERACTIVE else ():
+                signal.signal(number, handler)
 
     def run(self, debug: bool = False, blockThread: bool = True) -> None:
         """Train whenever somebody says so, until the end of the program."""
-        if not blockThread:
+        if self.training is None:
+            self.get_ready()
+        if self.training is None and blockThread:
+            if INTERACTIVE and (options.console or options.demo):
+                say('这里不能输入：请用 itchat.run(blockThread=False)，再 itchat.instance.receive("开始")')
+            self.train_all()
+        elif self.training is None:
+            say('训练在另一个线程里：其中的 DataLoader 不能有工作进程（num_workers 要是 0）。')
             atexit.register(lambda: self.line.send('bye', status=int(hasattr(sys, 'last_value'))))
-            threading.Thread(target=self.run, name='training', daemon=True).start()
-            return
-        self.get_ready()
-        while (job := self.jobs.get()) is not None:
-            train(*job)
-        if self.pausing == 'orphan':
-            sys.exit(1)
-        self.leave(int(run.error is not None))
+            self.training = threading.Thread(target=self.train_all, name='training', daemon=True)
+            self.training.start()
+        elif blockThread:
+            self.training.join()
+
+    def train_all(self) -> None:
+        """Do what comes into `jobs`, until the end of the program."""
+        with self.taking_signals():
+            while (job := self.jobs.get()) is not None:
+                self.commands.adopt_switches()
+                train(*job)
+            if self.pausing == 'orphan':
+                self.exit(1)
+            else:
+                self.leave(int(run.error is not None))
 
     def get_ready(self) -> None:
         """Tell the talking process that commands and messages can come."""
@@ -7647,7 +8696,18 @@ class Remote(itchat.Core):
         self.exit(status)
 
     def exit(self, status: int) -> None:
-        """End the process; by force where MXNet would wait for others, or this is not the main thread."""
+        """End the process; by force where MXNet would wait for others, or this is not the main thread.
+
+        A notebook goes on: what was run there, run again, logs in again.
+        """
+        if INTERACTIVE:
+            self.talker.wait()
+            self.listener.join()
+            if self.folder_lock:
+                self.folder_lock.close()  # or it would take the next one's lock with it
+            say('会话结束了；再运行一次，就再登录。')
+            use_client(Remote())
+            return
         if team.size > 1 or threading.current_thread() is not threading.main_thread():
             sys.stdout.flush()
             os._exit(status)
@@ -7734,9 +8794,10 @@ class Remote(itchat.Core):
         for answers in list(self.replies.values()):
             answers.put(NOBODY)
         self.admitted.put({'do': 'exit', 'status': 1})
-        timer = threading.Timer(self.ORPHANED, os._exit, [1])
-        timer.daemon = True
-        timer.start()
+        if not INTERACTIVE:
+            timer = threading.Timer(self.ORPHANED, os._exit, [1])
+            timer.daemon = True
+            timer.start()
         self.do_end(stop=True, pause='orphan')
 
     def do_logged_in(self, **answer: Any) -> None:
@@ -7814,13 +8875,12 @@ class Remote(itchat.Core):
 
     def hand_on_signal(self, number: int, frame: Any) -> None:
         """Have the program end in order; at once at a second signal, a second later or more."""
-        if os.getpid() != process_number:  # a worker of a DataLoader, say, which has inherited this
-            if number != signal.SIGINT:  # that goes to all of a terminal's; this batch is still to be done
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+        if os.getpid() != process_number:  # a worker of a DataLoader, say: this batch is still to be done
             return
         now = time.monotonic()
         if self.signal_came and now - self.signal_came > 1:
+            if INTERACTIVE and number == signal.SIGINT:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         if not self.signal_came:
             self.signal_came = now
@@ -7908,9 +8968,19 @@ for name, value in list(vars(itchat).items()):
         if name not in vars(Remote) and name not in ('msg_register', 'configured_reply'):
             setattr(Remote, name, remote(name))
 
+
+def forget_signals() -> None:
+    """Let what ends any process end one that was forked, a DataLoader's worker, say, at once: Python's own
+    handler would wait until the main thread wakes, and the signal may have come to one of MXNet's threads."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if getattr(signal.getsignal(number), '__func__', None) is Remote.hand_on_signal:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=forget_signals)
+settings = Settings()
 process_number = os.getpid()
 place = Place(int(role_words[1]) if role == 'trains' else -1)
-settings = Settings()
 team = Team()
 folders = {}  # number -> folder of each run that is remembered
 run = Run()  # the run that is going on, or the last one

@@ -44,7 +44,6 @@ def nn_train(wechat_name, params):
 
 
 if __name__ == '__main__':
-    utils.parse_args()  # one line more than the tutorial; see --help
     utils.chat_supervisor(nn_train)
     itchat.auto_login(hotReload=True)
     itchat.run()

@@ -70,7 +70,6 @@ def batch_loss(loss, batch_loss=utils.batch_loss):
     return batch_loss(loss)
 
 utils.chat_inf, utils.batch_loss = chat_inf, batch_loss
-utils.parse_args()
 utils.options.silence = 5  # seconds instead of five minutes
 utils.chat_supervisor(wechat_train.nn_train)
 itchat.auto_login(hotReload=True)
