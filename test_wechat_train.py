@@ -8102,7 +8102,7 @@ def test_names_and_alone(wechat, light, tmp_path):
         others[name].wait_output(f'在那里叫 {name}。')
     for name in others:
         assert wechat.ask(f'{name} 报告 2') == f'[{name}] 执行了：报告 2'
-    path = tmp_path / 'wechat_train' / 'wechat.sock'
+    path = socket_of(tmp_path, wechat)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     wechat.phone = 'lies on the table'
     alone = light('alone', wechat, '--alone')
@@ -8169,11 +8169,17 @@ class Tunnel:
         self.server.wait()
 
 
+def socket_of(folder, server):
+    """Return where the program meets others that has its login at this server."""
+    way = hashlib.sha256(server.env()['HTTPS_PROXY'].encode()).hexdigest()[:8]
+    return folder / 'wechat_train' / f'{type(server).__name__.lower()}-{way}.sock'
+
+
 def test_a_program_of_another_machine(helper, light, tmp_path):
     """Its pictures come as bytes; a tunnel that breaks is told, and what was to be said arrives later."""
     first = light('甲', helper, '--filehelper')
     helper.ready()
-    tunnel = Tunnel(tmp_path / 'chat', str(tmp_path / 'wechat_train' / 'filehelper.sock'))
+    tunnel = Tunnel(tmp_path / 'chat', str(socket_of(tmp_path, helper)))
     tunnel.dig()
     try:
         far = light('乙', helper, '--filehelper', '--chat', '../chat', XDG_RUNTIME_DIR='/nowhere')
@@ -8219,7 +8225,7 @@ def test_a_peer_that_sends_rubbish_is_disconnected(wechat, light, tmp_path):
     foreign = [greeting(do=do) for do in ('beat', 'leave', '__init__', 7)]
     foreign += [greeting(name=['x']), greeting(silent='x'), greeting(turn=None), greeting(host=5)]
     for rubbish in [*RUBBISH, *foreign[1:]]:
-        with connected(tmp_path / 'wechat_train' / 'wechat.sock') as peer:
+        with connected(socket_of(tmp_path, wechat)) as peer:
             peer.settimeout(DEADLINE)
             with contextlib.suppress(ConnectionResetError, BrokenPipeError):
                 peer.sendall(rubbish)
@@ -8256,7 +8262,7 @@ def greeting(**changed):
 
 def test_a_peer_that_never_reads_holds_up_nobody(wechat, light, tmp_path):
     join(light, wechat, '甲', '乙')
-    with connected(tmp_path / 'wechat_train' / 'wechat.sock') as peer:
+    with connected(socket_of(tmp_path, wechat)) as peer:
         peer.sendall(greeting())
         wechat.wait(lambda: '聋子' in wechat.ask('程序'))
         for _ in range(20):
@@ -8274,7 +8280,7 @@ def test_a_peer_that_never_reads_holds_up_nobody(wechat, light, tmp_path):
 def test_what_others_could_have_put_there_is_not_used(wechat, light, tmp_path):
     folder = tmp_path / 'wechat_train'
     join(light, wechat, '甲')
-    path = folder / 'wechat.sock'
+    path = socket_of(tmp_path, wechat)
     with connected(path):
         (tmp_path / 'link').symlink_to(path)
         (tmp_path / 'file').write_text('')
@@ -8355,7 +8361,7 @@ def test_two_programs_that_train_and_the_end_of_the_one_with_the_login(wechat, l
 
 def test_a_socket_that_is_removed_a_last_program_and_another_account(wechat, light, tmp_path):
     programs = join(light, wechat, '甲')
-    path = tmp_path / 'wechat_train' / 'wechat.sock'
+    path = socket_of(tmp_path, wechat)
     path.unlink()  # a session's folder goes with the session
     wechat.wait(lambda: wechat.ask('参数') and path.exists())
     programs['乙'] = light('乙', wechat)
@@ -8420,7 +8426,7 @@ def test_what_is_given_twice_is_obeyed_once(wechat, light, tmp_path):
     (tmp_path / 'wechat_train').mkdir(mode=0o700)
     os.chdir(tmp_path / 'wechat_train')  # the whole path may be too long
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind('wechat.sock')
+        server.bind(socket_of(tmp_path, wechat).name)
         os.chdir(HERE)
         server.listen()
         program = light('乙', wechat)

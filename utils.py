@@ -3623,7 +3623,8 @@ class Programs:
 
     Two have the same login when they are the same user's, on the same machine (or brought together by ssh),
     and speak through the same carrier, web WeChat or 文件传输助手, by the same proxy, whoever may scan its
-    code: before that nobody knows the account. A folder whose memory knows another account has its own login, as with --alone.
+    code: before that nobody knows the account. A folder whose memory knows another account has its own
+    login, as with --alone.
 
     One thread accepts them, one for each listens to it, others send for them; the main thread brings the
     messages that are for them. `guard` guards it all.
