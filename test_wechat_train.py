@@ -3691,6 +3691,9 @@ def test_warnings_come_before_the_death(wechat, tmp_path, small_group):
             memory = r'内存：.*还剩 (.*)/900 MB'
             until_told(wechat, memory, lambda text: amounts(text) == [pytest.approx(left(), abs=20 << 20)])
             held = left() - (60 << 20)
+            put(tmp_path / 'hold', str(held - (110 << 20)))
+            until_told(wechat, memory, lambda text: 90 << 20 < amounts(text)[0] < 230 << 20)
+            assert not told('内存快用完了')  # a tenth of it is left
             for times in (1, 2):
                 put(tmp_path / 'hold', str(held))
                 wechat.wait(lambda n=times: len(told('内存快用完了')) >= n)
