@@ -7115,7 +7115,7 @@ def test_the_readmes_blocks_run_as_they_stand(helper, tmp_path):
     assert numberless[0] in numberless[1]
     with in_shell(tmp_path / 'wechat_train', by_phone, env):
         helper.ready()
-        assert helper.ask('帮助') == utils.help_text()
+        assert helper.ask('帮助') == utils.HELP
     script, estimator = (len(re.findall('^.', block, re.M)) for block in blocks('python'))
     assert script <= 20 and estimator <= 12
     with open(tmp_path / 'wechat_train' / 'mine.py', 'w', encoding='utf-8') as f:

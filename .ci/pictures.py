@@ -156,7 +156,7 @@ def as_text(talk: list) -> str:
 SCALE = 2  # pixels in each of the phone's own, in which the sizes here are
 WIDTH, EDGE, FACE, GAP, PAD = 400, 10, 34, 7, 8
 TEXT, LINE = 14, 18  # height of the letters, of a line
-BUBBLE, PICTURE = 286, 230  # the widest
+BUBBLE, PICTURE = 305, 230  # the widest
 LARGEST = 150_000  # bytes of a PNG
 
 
