@@ -6058,6 +6058,7 @@ def see_scheduled(wechat, program, told):
 def see_estimator(wechat, program, told):
     report = [text for text in wechat.heard() if str(text).startswith('第 3/3 轮')][0]
     assert re.fullmatch(r'第 3/3 轮\n损失 \S+\n训练精度 \S+\n测试精度 \S+\n用时 .*', report)
+    assert 'Logging error' not in program.output()
 
 
 SEEN_AT_THE_END = {
