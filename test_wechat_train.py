@@ -7183,7 +7183,7 @@ def test_the_readmes_tables_have_every_command(half):
 def test_the_readme_is_short_and_what_it_names_exists():
     """Also its other pages: links, headings that are linked to, options."""
     visible = re.sub('<details><summary>(.*?)</summary>.*?</details>', r'\1', README, flags=re.S)
-    assert len(re.findall('^.', visible, re.M)) <= 140 and len(visible.encode()) <= 11_500
+    assert len(re.findall('^.', visible, re.M)) <= 145 and len(visible.encode()) <= 11_500
     assert len({half.count('\n## ') for half in HALVES.values()}) == 1
     with open(os.path.join(HERE, '.ci', 'bench.py'), encoding='utf-8') as f:
         links, anchors, known = (
