@@ -4647,7 +4647,7 @@ class Trainer:
         last = self.run.get('number', 0)
         self.line.send('logged_in', settings=settings, last=last, folders=folders, params=own_params)
 
-    def do_run(self, commands: bool, handlers: dict, values: dict, offer: str, gpu: str) -> None:
+    def do_run(self, commands: bool, handlers: dict, values: dict, offer: str, gpu: str = '') -> None:
         """It calls run(): it is ready for commands and messages; what an earlier one left is to be done."""
         with self.guard:
             first, machine.gpu = not self.told, gpu
@@ -7003,7 +7003,7 @@ class ChatHandler(
             with lock:
                 run.training_iters = estimator.max_epoch
         if estimator.max_epoch:
-            estimator.max_epoch = None  # before the StoppingHandler sees it
+            estimator.max_epoch = LIMITS['training_iters'][2]  # before the StoppingHandler sees it
 
     def epoch_begin(self, estimator: Any, *args, **kwargs) -> None:
         """An epoch begins."""
