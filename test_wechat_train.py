@@ -5151,6 +5151,10 @@ def test_a_copy_of_a_run_is_no_run(tmp_path):
     shutil.copytree(copied, elsewhere / 'runs' / folder.name)
     output = in_terminal(elsewhere, RESUMABLE, '记录\nti 4\n继续\n', head='STOP = None')
     assert output.count(' 轮，1.000，') == 2 and '继续训练\n完成 1/4 轮，第 2 轮到第 5/20 批' in output
+    shutil.rmtree(copied)
+    folder.rename(tmp_path / 'runs' / 'another name')
+    output = in_terminal(tmp_path, RESUMABLE, '记录\n曲线 1\nti 5\n继续\n', head='STOP = None')
+    assert '\n2. ' not in output and '图片：runs/another name/' in output and '完成 5/5 轮' in output
 
 
 def test_a_run_that_was_killed_after_an_earlier_end_is_no_complete_one(wechat, tmp_path):

@@ -4087,7 +4087,8 @@ def runs_text() -> str:
 def look_for_runs() -> None:
     """List the runs in runs/ that the memory does not know: of an earlier version, or brought from elsewhere.
 
-    A run is known by when it was begun, a folder by its name: a copy of one that is there is none.
+    A run is known by when it was begun, a folder by its name: a copy of one that is there is none, but one
+    whose folder has another name now is found again.
     """
     known = {run['begun']: run for run in known_runs()}
     names = {
@@ -4102,8 +4103,9 @@ def look_for_runs() -> None:
     old = min([run['number'] for run in known.values()], default=1) - sum(not run['number'] for run in found)
     for run in found:
         before = known.get(run['begun'])
-        if before and (run.pop('copied') or os.path.isdir(before.get('folder') or '')) and 'epochs' in before:
+        if before and os.path.isdir(before.get('folder') or '') and 'epochs' in before:
             continue
+        del run['copied']
         numbers = {run['number'] for run in known.values()}
         if before:
             run = {**run, **before, 'folder': run['folder'], 'checkpoint': run['checkpoint']}
