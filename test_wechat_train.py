@@ -8314,7 +8314,7 @@ def test_files_are_utf8_and_the_terminal_is_what_it_is(wechat, tmp_path):
     [folder] = (tmp_path / 'runs').iterdir()
     assert ',no UTF-8: \\udcff,召回率\n' in (folder / 'log.csv').read_text(encoding='utf-8')
     assert [(run['number'], run['ending']) for run in remembered_runs(tmp_path)] == [(1, '出错')]
-    assert utils.read_checkpoint(str(folder / 'last.zip'))['numbers'][0]['召回率'] == 0.25
+    assert utils.read_checkpoint(str(folder / 'last.zip'))['history'][0].numbers['召回率'] == 0.25
 
 
 @pytest.mark.parametrize('encoding, terminal', [('gbk', True), ('iso-8859-1', False), ('utf-8', True)])

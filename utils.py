@@ -6357,10 +6357,7 @@ class Run:
         self.live = None  # does nn_train ask for new values? None: it has not come to that yet
         self.wanted = {}  # values that were set by then
         self.steps, self.rate = 0, None  # that Trainers have taken; the learning rate of the last batch
-        self.steppers, self.keepers = (
-            set(),
-            None,
-        )  # id() of Trainers that step; that load_checkpoint() has had
+        self.steppers, self.keepers = set(), None  # id() of Trainers: that step; in load_checkpoint()
         self.first_rate = self.last_rate = None  # as a Trainer has used them; the former: in its first step
         self.scheduled, self.scale = False, 1.0  # has the Trainer a scheduler? by what is its rate multiplied
         self.own = {}  # name -> value, as chat_param() has returned it last
@@ -6370,10 +6367,8 @@ class Run:
         self.unfinished = 0  # batches of the epoch that 继续 goes on with, until its pass begins
         self.walk = None  # the Pass of this epoch that trains
         self.open = True  # is the next pass the first of an epoch?
-        self.proven, self.believed = (
-            False,
-            0,
-        )  # has a Trainer taken a step in a pass? epochs that only seem so
+        self.proven = False  # has a Trainer taken a step in a pass?
+        self.believed = 0  # epochs that only seem so
         self.promised = 0  # the epoch that is trained at least, as nn_train has asked for ti
         self.clock = Clock()
 
@@ -6580,9 +6575,7 @@ class Run:
         """Note that a pass is over: the `whole` of it, or the loop was left in the middle of a batch."""
         if not whole and self.steps > walk.counted and walk.state is Walk.GOING:
             self.count_batch(walk, 0)
-        walk.proven |= (
-            walk.trains and walk.done == walk.first > 0
-        )  # 停止 came at the end of this epoch's pass
+        walk.proven |= walk.trains and walk.done == walk.first > 0  # 停止 came at the end of its pass
         if walk.state is Walk.GOING:
             cut = walk is self.walk and not whole and not self.now()[0] and self.counts(walk)
             walk.state = Walk.CUT if cut else Walk.DONE
@@ -7369,9 +7362,8 @@ def read_checkpoint(path: Any) -> dict:
                 points = np.load(io.BytesIO(checkpoint.read('losses.npy'))).tolist()
                 state['losses'] = Losses(map(tuple, points), **state['losses'])
                 state['history'] = History.read(checkpoint.read('log.csv').decode())
-                state['numbers'] = [row.numbers for row in state['history']]
                 Run().resume(path, state)  # nothing is missing
-                return {'data': state['data'], **state}
+                return state
         except OSError:
             raise
         except Exception as error:  # whatever zipfile, json and numpy make of damaged bytes
