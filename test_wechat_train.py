@@ -5157,6 +5157,23 @@ def test_a_copy_of_a_run_is_no_run(tmp_path):
     assert '\n2. ' not in output and '图片：runs/another name/' in output and '完成 5/5 轮' in output
 
 
+def test_a_copy_of_everything_leaves_the_original_alone_and_goes_on(tmp_path):
+    """Also one with the memory of an earlier version, which knew less of a run."""
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    first.mkdir()
+    in_terminal(first, RESUMABLE, 'ti 2 bs 20\n开始\n', head='STOP = 2, 4')
+    with contextlib.closing(sqlite3.connect(first / '.wechat_train.db')) as db:
+        [[facts]] = db.execute('SELECT facts FROM run')
+        kept = {name: json.loads(facts)[name] for name in ('folder', 'checkpoint', 'kept', 'how_far')}
+        db.execute('UPDATE run SET begun = begun + 0.25, facts = ?', (json.dumps(kept),))
+        db.commit()
+    shutil.copytree(first, second)
+    [before] = [path.read_bytes() for path in first.glob('runs/*/last.zip')]
+    output = in_terminal(second, RESUMABLE, '继续\n记录\n曲线 1\n', head='STOP = None')
+    assert '完成 2/2 轮' in output and '\n2. ' not in output and '图片：runs/' in output
+    assert [path.read_bytes() for path in first.glob('runs/*/last.zip')] == [before]
+
+
 def test_a_run_that_was_killed_after_an_earlier_end_is_no_complete_one(wechat, tmp_path):
     """And a folder's age says nothing about when a run was."""
     script = own_script(tmp_path, RESUMABLE, WITH_OPTIONS, 'STOP = None')

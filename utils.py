@@ -4039,7 +4039,13 @@ def known_runs(most: int = 1000) -> list:
     """Return what is known of the last runs, the last one first: their facts, number, person, ending."""
     columns = 'number', 'person', 'begun', 'ended', 'ending'
     rows = memory.rows(f'SELECT {", ".join(columns)}, facts FROM run ORDER BY number DESC LIMIT {most}')
-    return [{**json.loads(facts), **dict(zip(columns, row))} for *row, facts in rows]
+    runs = [{**json.loads(facts), **dict(zip(columns, row))} for *row, facts in rows]
+    for run in runs:
+        if run.get('folder'):  # all may have been moved, or copied, to another place since
+            run['folder'] = os.path.join(RUNS, os.path.basename(run['folder']))
+        if run.get('checkpoint'):
+            run['checkpoint'] = os.path.join(run['folder'], os.path.basename(run['checkpoint']))
+    return runs
 
 
 def run_row(run: dict) -> tuple:
@@ -4091,6 +4097,7 @@ def look_for_runs() -> None:
     whose folder has another name now is found again.
     """
     known = {run['begun']: run for run in known_runs()}
+    of_folder = {run['folder']: run for run in known.values() if run.get('folder')}
     names = {
         os.path.basename(run['folder']) for run in known.values() if 'epochs' in run and run.get('folder')
     }
@@ -4102,7 +4109,7 @@ def look_for_runs() -> None:
     found.sort(key=lambda run: (run['number'], run['copied'], run['folder']))
     old = min([run['number'] for run in known.values()], default=1) - sum(not run['number'] for run in found)
     for run in found:
-        before = known.get(run['begun'])
+        before = known.get(run['begun']) or of_folder.get(run['folder'])
         if before and os.path.isdir(before.get('folder') or '') and 'epochs' in before:
             continue
         del run['copied']
