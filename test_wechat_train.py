@@ -5560,6 +5560,35 @@ def test_a_checkpoint_keeps_what_it_is_given_or_says_so(tmp_path):
     assert all(float(row['seconds']) < 1000 for row in rows)
 
 
+LEFT = """
+    from mxnet import gluon, nd
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': params[0]})
+    epoch, loss, acc = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        batches = utils.progress(range(4))
+        for batch in batches:
+            trainer.step(1, ignore_stale_grad=True)
+            loss += 1
+            if (epoch, batch) == (STOP, 2):
+                itchat.instance.receive('停止')
+            if batch == 2:
+                break
+        utils.chat_inf(wechat_name, epoch, loss, None)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, loss, 0)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_pass_that_is_left_has_ended_though_a_variable_keeps_it(tmp_path):
+    output = in_terminal(tmp_path, LEFT, '早停 3\nti 2\n开始\n', head="STOP = 2\nutils.best_by('rmse', True)")
+    assert '第 1/2 轮\n损失 1\n' in output and '好，rmse 3 轮没有更好' in output
+    assert '训练已停止\n完成 1/2 轮，第 2 轮到第 3/4 批' in output
+    output = in_terminal(tmp_path, LEFT.replace('batch == 2:', 'False:'), '继续\n', head='STOP = None')
+    assert '第 2/2 轮\n损失 1\n' in output and '训练完成\n完成 2/2 轮\n' in output
+
+
 PLANNED = """
     import json, math, signal
     import mxnet as mx

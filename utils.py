@@ -5751,6 +5751,7 @@ def chat_inf(
     """
     sums = team.meet(*parts_of(train_loss), *parts_of(train_acc))
     with lock:
+        run.leave_pass()
         if run.is_cut_short():
             return
         batches = run.batches_reported(train_data)
@@ -5825,6 +5826,7 @@ def save_checkpoint(
     nets = as_list(net)
     with run.during(Phase.SAVING):
         with lock:
+            run.leave_pass()
             here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
             run.finish_unreported(epoch)
             state, log = run.state(*here), run.history.csv()
@@ -6578,8 +6580,15 @@ class Run:
         if self.live is None:
             self.live, self.wanted = False, {}
 
+    def leave_pass(self) -> None:
+        """The loop has been left: so has its pass, though a variable may keep what progress() returned."""
+        if self.walk and self.walk.state is Walk.GOING:
+            self.end_pass(self.walk, False)
+
     def end_pass(self, walk: Pass, whole: bool) -> None:
         """Note that a pass is over: the `whole` of it, or the loop was left in the middle of a batch."""
+        if walk.state is Walk.DONE:
+            return
         if not whole and self.steps > walk.counted and walk.state is Walk.GOING:
             self.count_batch(walk, 0)
         walk.proven |= walk.trains and walk.done == walk.first > 0  # 停止 came at the end of its pass
@@ -7673,7 +7682,8 @@ class Commands:
         settings.patience = asked.number
         if not asked.number:
             return '好，不早停了。'
-        what = TITLES.get(run.history.by, run.history.by)
+        by = run.history.by if run.busy or run.history.rows else settings.best_by[0]
+        what = TITLES.get(by, by)
         return f'好，{what} {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
 
     def set_values(self, pairs: list) -> str:
