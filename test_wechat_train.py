@@ -5557,6 +5557,23 @@ def test_the_rate_that_is_told_is_the_one_a_scheduler_gave_the_step(tmp_path):
     assert 'lr 1→0.25 bs 256，2 轮，rmse 2e-05，训练中 ★' in output
 
 
+def test_what_is_said_of_the_rate_where_a_scheduler_decides(tmp_path):
+    """After a NaN and at 继续."""
+    script = STEPPING.replace(
+        '    for epoch in (1, 2)',
+        '    first = utils.load_checkpoint(net, trainer)[0]\n    for epoch in range(first, 3)',
+    ).replace(
+        '    utils.lock_end',
+        """        utils.save_checkpoint(net, trainer, epoch, 0, 0)
+        utils.batch_loss(nd.array([math.nan]))
+    utils.lock_end""",
+    )
+    output = in_terminal(tmp_path, script, 'lr 0.3\n开始\n', head='import math', status=1)
+    assert '可以试试“继续”，再发 lr x0.1' in output
+    output = in_terminal(tmp_path, script, '继续\n', head='import math', status=1)
+    assert '继续训练\n完成 1/2 轮\n设备 CPU\n学习率 lr = 0.5\n' in output and 'USED 0.25' in output
+
+
 KEEPING = """
     from mxnet import autograd, gluon, nd
     import mxnet as mx

@@ -6510,7 +6510,7 @@ def chat_inf(
     `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len(), or progress() has
     counted them; numbers or NDArrays of one element. `train_acc` and `test_acc` may be None: not measured.
     After an epoch that 停止 cut short nothing is reported. Your own `numbers`, like f1=0.83, stand in the
-    report, in log.csv and in the curve.
+    report, in log.csv and in the curve; seconds=3, as a column is called, as seconds_.
     Raises FloatingPointError when the loss is not finite, TypeError when nobody knows of how many batches.
     """
     sums = team.meet(*parts_of(train_loss), *parts_of(train_acc))
@@ -6582,7 +6582,7 @@ def save_checkpoint(
     """Keep what 继续 needs; return the epoch to go on with and the sums in it so far, as load_checkpoint().
 
     `net` and `trainer` are one each, or lists of several; `extra` is what else is to be kept, by name:
-    numbers, texts, lists, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0, 0; after one
+    numbers, texts, lists, tuples, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0, 0; after one
     that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes on: the
     checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before, when a
     parameter is not finite.
@@ -7157,6 +7157,7 @@ class Run:
         self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
         self.unfinished, self.proven, self.rate = self.batch, state['proven'], state['rate']
         self.scheduled, self.scale, self.own = state['scheduled'], state['scale'], state['own']
+        self.last_rate = self.rate or self.history.rows and self.history.rows[-1].learning_rate
         self.clock = Clock(*state['clock'])
 
     def state(self, epoch: int, train_loss: Any, train_acc: Any) -> dict:
@@ -7538,7 +7539,10 @@ class Run:
             rate = self.learning_rate if self.rate is None else self.rate
             again = '继续' if self.checkpoint else '开始'
             lines = [f'训练停下了：{error}', f'{place}，lr = {rate:g}']
-            lines += [f'可以试试 lr {rate / 10:g}，再发“{again}”']
+            how = f' lr {rate / 10:g}，再发“{again}”'
+            if self.scheduled and self.checkpoint:  # there, lr decides nothing
+                how = '“继续”，再发 lr x0.1'
+            lines += [f'可以试试{how}']
             if self.has_best():
                 lines += ['也可以先发“回退”，回到存下来的最好的一轮']
         elif error is not None:
