@@ -6582,10 +6582,10 @@ def save_checkpoint(
     """Keep what 继续 needs; return the epoch to go on with and the sums in it so far, as load_checkpoint().
 
     `net` and `trainer` are one each, or lists of several; `extra` is what else is to be kept, by name:
-    numbers, texts, lists, tuples, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0, 0; after one
-    that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes on: the
-    checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before, when a
-    parameter is not finite.
+    numbers, texts, lists, tuples, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0,
+    0; after one that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes
+    on: the checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before,
+    when a parameter is not finite.
     """
     nets = as_list(net)
     with run.during(Phase.SAVING):
