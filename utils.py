@@ -6593,11 +6593,9 @@ def save_checkpoint(
             run.leave_pass()
             here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
             run.finish_unreported(epoch)
-            state, log = run.state(*here), run.history.csv()
-            losses = np.array(run.losses.points)
+            state, log, losses = run.state(*here), run.history.csv(), np.array(run.losses.points)
             row = run.history.row_of(epoch) if not state['batch'] else None
-            is_best = row is not None and row is run.history.best
-            state['row'] = row and row.number
+            is_best, state['row'] = row is not None and row is run.history.best, row and row.number
             state['orders'] = [names_in_order(nets, each) for each in as_list(trainer)]
         seed_epoch(run.seed, here[0])
         if team.size > 1:
@@ -6606,12 +6604,10 @@ def save_checkpoint(
             even_out(each)
         if not state['epochs'] and not state['batch']:
             return here  # nothing has been learned yet
-        for name, parameter in [pair for each in nets for pair in each.collect_params().items()]:
-            if parameter._data and not np.isfinite(as_numpy(parameter._data[0])).all():
-                raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
+        check_parameters(nets)
         if is_best:
             run.write('best.params', '最好的网络', nets[0].save_parameters)
-        kept = nets, as_list(trainer), state, losses, log, extra
+        kept = nets, trainer, state, losses, log, extra
         path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, *kept))
         if path and is_best:
             run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
@@ -6620,6 +6616,13 @@ def save_checkpoint(
                 run.checkpoint = path
                 run.tell(checkpoint=path, kept=run.how_far())
     return here
+
+
+def check_parameters(nets: list) -> None:
+    """Raise FloatingPointError when a parameter is not finite; one that was never computed has no numbers."""
+    for name, parameter in [pair for each in nets for pair in each.collect_params().items()]:
+        if parameter._data and not np.isfinite(as_numpy(parameter._data[0])).all():
+            raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
 
 
 def names_in_order(nets: list, trainer: Any) -> list:
