@@ -5497,6 +5497,27 @@ def test_a_copy_of_a_run_is_no_run(tmp_path):
     shutil.copytree(copied, elsewhere / 'runs' / folder.name)
     output = in_terminal(elsewhere, RESUMABLE, '记录\nti 4\n继续\n', head='STOP = None')
     assert output.count(' 轮，1.000，') == 2 and '继续训练\n完成 1/4 轮，第 2 轮到第 5/20 批' in output
+    shutil.rmtree(copied)
+    folder.rename(tmp_path / 'runs' / 'another name')
+    output = in_terminal(tmp_path, RESUMABLE, '记录\n曲线 1\nti 5\n继续\n', head='STOP = None')
+    assert '\n2. ' not in output and '图片：runs/another name/' in output and '完成 5/5 轮' in output
+
+
+def test_a_copy_of_everything_leaves_the_original_alone_and_goes_on(tmp_path):
+    """Also one with the memory of an earlier version, which knew less of a run."""
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    first.mkdir()
+    in_terminal(first, RESUMABLE, 'ti 2 bs 20\n开始\n', head='STOP = 2, 4')
+    with contextlib.closing(sqlite3.connect(first / '.wechat_train.db')) as db:
+        [[facts]] = db.execute('SELECT facts FROM run')
+        kept = {name: json.loads(facts)[name] for name in ('folder', 'checkpoint', 'kept', 'how_far')}
+        db.execute('UPDATE run SET begun = begun + 0.25, facts = ?', (json.dumps(kept),))
+        db.commit()
+    shutil.copytree(first, second)
+    [before] = [path.read_bytes() for path in first.glob('runs/*/last.zip')]
+    output = in_terminal(second, RESUMABLE, '继续\n记录\n曲线 1\n', head='STOP = None')
+    assert '完成 2/2 轮' in output and '\n2. ' not in output and '图片：runs/' in output
+    assert [path.read_bytes() for path in first.glob('runs/*/last.zip')] == [before]
 
 
 def test_a_run_that_was_killed_after_an_earlier_end_is_no_complete_one(wechat, tmp_path):
@@ -5776,6 +5797,157 @@ def test_ninety_thousand_epochs_do_not_make_the_end_of_one_long(tmp_path):
             *[(str(epoch), '') for epoch in (1, 2, 3)],
             ('4', '0.5'),
         ]
+
+
+def test_what_others_keep_in_runs_and_a_lost_memory_keep_nobody_out(tmp_path):
+    """And NaN is never the best: neither as it comes nor as the files tell it."""
+    script = """
+    for epoch, accuracy in enumerate((math.nan, 0.25, 0.5), 1):
+        utils.lock_start()
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], accuracy)
+    utils.lock_end(wechat_name)
+    """
+    in_terminal(tmp_path, script, '开始\n', head='import math')
+    for name in ('log.csv', 'last.zip'):
+        (tmp_path / 'runs' / name[:3]).mkdir()
+    (tmp_path / 'runs' / 'log' / 'log.csv').write_text('step,loss\n1,2\n')
+    with zipfile.ZipFile(tmp_path / 'runs' / 'las' / 'last.zip', 'w') as z:
+        z.writestr('run.json', '{"epoch": 1}')
+    for path in tmp_path.glob('.wechat_train.db*'):
+        path.unlink()
+    assert '，3 轮，0.500，中断 ★\n“曲线 1”' in in_terminal(tmp_path, script, '记录\n', head='import math')
+
+
+STEPPING = """
+    from mxnet import autograd, gluon, lr_scheduler, nd
+    utils.best_by('rmse', lower=True)
+    net = gluon.nn.Dense(1, in_units=1, use_bias=False)
+    net.initialize()
+    halves = lr_scheduler.FactorScheduler(step=3, factor=0.5, base_lr=1)
+    how = {'learning_rate': 1, 'lr_scheduler': halves}
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', how)
+    for epoch in (1, 2):
+        utils.lock_start()
+        for batch in utils.progress(range(4)):
+            before = net.weight.data().asnumpy()
+            with autograd.record():
+                output = net(nd.ones((1, 1)))
+            output.backward()
+            trainer.step(1)
+            used = (before - net.weight.data().asnumpy()).round(3).item()
+        print('USED', used, flush=True)
+        utils.chat_inf(wechat_name, epoch, 1, None, [0], rmse=epoch * 2e-5)
+        if epoch == 2:
+            itchat.instance.receive('记录')
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_rate_that_is_told_is_the_one_a_scheduler_gave_the_step(tmp_path):
+    output = in_terminal(tmp_path, STEPPING, '开始\n')
+    used = re.findall('USED (.*)', output)
+    assert used == ['0.5', '0.25'] == re.findall(r'学习率 (\d.*)', output)
+    [log] = tmp_path.glob('runs/*/log.csv')
+    assert [row['learning_rate'] for row in csv.DictReader(log.read_text().split('\n'))] == used
+    # not with the 0.5 of 参数, which this Trainer never had
+    assert 'lr 1→0.25 bs 256，2 轮，rmse 2e-05，训练中 ★' in output
+
+
+def test_what_is_said_of_the_rate_where_a_scheduler_decides(tmp_path):
+    """After a NaN and at 继续."""
+    script = STEPPING.replace(
+        '    for epoch in (1, 2)',
+        '    first = utils.load_checkpoint(net, trainer)[0]\n    for epoch in range(first, 3)',
+    ).replace(
+        '    utils.lock_end',
+        """        utils.save_checkpoint(net, trainer, epoch, 0, 0)
+        utils.batch_loss(nd.array([math.nan]))
+    utils.lock_end""",
+    )
+    output = in_terminal(tmp_path, script, 'lr 0.3\n开始\n', head='import math', status=1)
+    assert '可以试试“继续”，再发 lr x0.1' in output
+    output = in_terminal(tmp_path, script, '继续\n', head='import math', status=1)
+    assert '继续训练\n完成 1/2 轮\n设备 CPU\n学习率 lr = 0.5\n' in output and 'USED 0.25' in output
+
+
+KEEPING = """
+    from mxnet import autograd, gluon, nd
+    import mxnet as mx
+    net = gluon.nn.Sequential()
+    net.add(gluon.nn.Dense(1, in_units=1), *[gluon.nn.Dense(1)] * (WHAT == 'unused'))
+    places = [mx.cpu(0), mx.cpu(1)]
+    net.initialize(ctx=places)
+    trainer = gluon.Trainer(net[0].collect_params(), 'sgd', {'learning_rate': 0.001})
+    extra = {'state': random.Random(5).getstate(), 'deep': [{'average': mx.np.ones(2)}, nd.ones(2)]}
+    extra['own'] = {'array': 1, 'of': [np.float32(0.5), None, np.array([{}])][:3 if WHAT == 'objects' else 2]}
+    if WHAT == 'resumed':
+        extra = {}
+    epoch, loss, acc = utils.load_checkpoint(net, trainer, extra)
+    random.setstate(extra['state'])
+    print('EXTRA', random.random(), extra['deep'], extra['own'], flush=True)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for batch in utils.progress(range(2)):
+            with autograd.record():
+                losses = [net[0](nd.ones((1, 1), ctx=place)) for place in places]
+            autograd.backward(losses)
+            trainer.step(2)
+        numbers = {} if epoch == 3 else {'count': epoch}
+        utils.chat_inf(wechat_name, epoch, 1, None, [0], seconds=1000, number=77, loss=3, **numbers)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, loss, acc, extra)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_checkpoint_keeps_what_it_is_given_or_says_so(tmp_path):
+    """On two devices; parameters that were never computed; tuples, numpy's numbers, names that are taken."""
+    for what, why in (
+        ('unused', 'DeferredInitializationError'),
+        ('objects', 'TypeError: extra：ndarray 存不了'),
+    ):
+        head = f'import random\nimport numpy as np\nWHAT = {what!r}\nutils.best_by("count")'
+        output = in_terminal(tmp_path, KEEPING, '开始\n', head=head)
+        assert '完成 2/2 轮' in output and f'检查点没有写成：{why}' in output
+    whole = head.replace('objects', 'whole')
+    output = in_terminal(tmp_path, KEEPING, '开始\n', head=whole)
+    resumed = in_terminal(tmp_path, KEEPING, 'ti 3\n继续\n', head=whole.replace('whole', 'resumed'))
+    assert '完成 3/3 轮\n最好的count 2（第 2 轮）' in resumed
+    kept = r'EXTRA (?:.|\n)*?(?=\n第 )'
+    assert re.search(kept, output)[0] == re.search(kept, resumed)[0]
+    *_, log = sorted(tmp_path.glob('runs/*/log.csv'))
+    rows = list(csv.DictReader(log.read_text().split('\n')))
+    assert [(row['number'], row['loss'], row['loss_'], row['number_']) for row in rows] == [
+        (str(i), '1.0', '3.0', '77.0') for i in (1, 2, 3)
+    ]
+    assert all(float(row['seconds']) < 1000 for row in rows)
+
+
+LEFT = """
+    from mxnet import gluon, nd
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': params[0]})
+    epoch, loss, acc = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        batches = utils.progress(range(4))
+        for batch in batches:
+            trainer.step(1, ignore_stale_grad=True)
+            loss += 1
+            if (epoch, batch) == (STOP, 2):
+                itchat.instance.receive('停止')
+            if batch == 2:
+                break
+        utils.chat_inf(wechat_name, epoch, loss, None)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, loss, 0)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_pass_that_is_left_has_ended_though_a_variable_keeps_it(tmp_path):
+    output = in_terminal(tmp_path, LEFT, '早停 3\nti 2\n开始\n', head="STOP = 2\nutils.best_by('rmse', True)")
+    assert '第 1/2 轮\n损失 1\n' in output and '好，rmse 3 轮没有更好' in output
+    assert '训练已停止\n完成 1/2 轮，第 2 轮到第 3/4 批' in output
+    output = in_terminal(tmp_path, LEFT.replace('batch == 2:', 'False:'), '继续\n', head='STOP = None')
+    assert '第 2/2 轮\n损失 1\n' in output and '训练完成\n完成 2/2 轮\n' in output
 
 
 PLANNED = """
@@ -6402,6 +6574,83 @@ SEEN_AT_THE_END = {
     'SCHEDULED': see_scheduled,
     'ESTIMATOR': see_estimator,
 }
+
+
+ASKING = """
+    while utils.lock_start() and utils.run.epochs < utils.params()[1]:
+        print('VALUES', *[utils.chat_param(name, *how) for name, how in ASKED.items()], flush=True)
+        utils.chat_inf(wechat_name, utils.run.epochs + 1, 1, None, [0])
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_values_by_chat_are_those_the_script_has_now(tmp_path):
+    """Another kind or other limits count; what is no longer asked for is forgotten; no digit is lost."""
+
+    def asks(typed, **asked):
+        return in_terminal(tmp_path, ASKING, typed, head=f'ASKED = {asked}')
+
+    asks('ti 1\n开始\n', steps=(1,), rate=(0.5,), gone=(3,))
+    assert 'steps = 12345678\n' in asks('steps 12345678\nrate 0.25\n', steps=(1,))
+    output = asks('开始\n', steps=(1.0, 0, 10), rate=(1,))
+    assert 'VALUES 1.0 1\n' in output  # those that were set do not fit any more
+    output = asks('帮助\nsteps 0.5\nsteps 11\nrate 0.5\n', steps=(1.0, 0, 10))
+    assert 'steps 1.0：' in output and 'steps = 0.5\n' in output and 'gone' not in output
+    assert '不行：steps 要是不小于 0、不大于 10 的数' in output and '不行：rate 要是不小于 0 的整数' in output
+
+
+FITTING = """
+    from mxnet.gluon.contrib.estimator import estimator
+    class Handler(utils.ChatHandler):
+        def train_begin(self, *args, **kwargs):
+            super().train_begin(*args, **kwargs)
+
+        def batch_end(self, *args, **kwargs):
+            print('BATCH', flush=True)
+            return super().batch_end(*args, **kwargs)
+
+    net = gluon.nn.Dense(6)
+    net.initialize()
+    outputs = gluon.nn.Sequential()
+    outputs.add(net, gluon.nn.HybridLambda(lambda F, x: x.reshape((-1, 2, 3))))
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1})
+    loss = gluon.loss.SoftmaxCrossEntropyLoss(axis=1)
+    est = estimator.Estimator(outputs, loss, Accuracy(axis=1), trainer=trainer)
+    est.logger.setLevel('ERROR')
+    est.fit(LOADER, LOADER, epochs=2, event_handlers=[Handler(wechat_name)])
+"""
+
+LOADING_ONCE = """
+import mxnet as mx
+from mxnet import gluon, nd
+X = nd.random.normal(shape=(60, 4))
+LOADER = gluon.data.DataLoader(gluon.data.ArrayDataset(X, X[:, :3] > 0), 16)  # the last batch is smaller
+tested = 0
+
+class Accuracy(mx.metric.Accuracy):
+    def update(self, *args):
+        global tested
+        super().update(*args)
+        tested += 'validation' in self.name
+        if tested == 6 and 'validation' in self.name:
+            itchat.instance.receive('状态')
+            itchat.instance.receive('停止')
+"""
+
+
+def test_an_estimator_whatever_it_is_given(tmp_path):
+    """One loader to train and to test with, used again; its own metric counts; ti by chat."""
+    script = own_script(tmp_path, FITTING, WITH_OPTIONS, LOADING_ONCE)
+    with Program(tmp_path, '--console', script=script) as program:
+        program.process.stdin.write('ti 3\n开始\n')
+        program.process.stdin.flush()
+        program.wait_output('训练已停止')
+        assert '训练中：完成 1/3 轮，第 2 轮到第 4/4 批\n现在：测试\n' in program.output()
+        assert '训练已停止\n完成 2/3 轮\n' in program.output() and program.output().count('BATCH') == 8
+        program.types('ti 4\n继续\n')
+    output = program.output()
+    assert '继续训练\n完成 2/4 轮' in output and '训练完成\n完成 4/4 轮' in output
+    assert output.count('BATCH') == 16 and re.search(r'第 4/4 轮\n损失 .*\n训练精度 0\.\d+\n测试精度', output)
 
 
 # ----------------------------------------------------------------------------------------- its files
@@ -7657,7 +7906,7 @@ def test_back_to_the_best_epoch(wechat, tmp_path, busy):
             wechat.says('B', '', MsgType=3)
             told = wechat.wait_text('回到了', since=so_far)
         else:
-            assert '也可以先发“回退”，回到最好的第 2 轮' in wechat.wait_text('训练停下了')
+            assert '也可以先发“回退”，回到存下来的最好的一轮' in wechat.wait_text('训练停下了')
             told = wechat.ask('回退')
         assert told == '回到了第 2 轮（测试精度 0.900），发“继续”从那里接着训练。'
         answer = wechat.ask('继续')
@@ -9128,7 +9377,7 @@ def test_files_are_utf8_and_the_terminal_is_what_it_is(wechat, tmp_path):
     [folder] = (tmp_path / 'runs').iterdir()
     assert ',no UTF-8: \\udcff,召回率\n' in (folder / 'log.csv').read_text(encoding='utf-8')
     assert [(run['number'], run['ending']) for run in remembered_runs(tmp_path)] == [(1, '出错')]
-    assert utils.read_checkpoint(str(folder / 'last.zip'))['numbers'][0]['召回率'] == 0.25
+    assert utils.read_checkpoint(str(folder / 'last.zip'))['history'][0].numbers['召回率'] == 0.25
 
 
 @pytest.mark.parametrize('encoding, terminal', [('gbk', True), ('iso-8859-1', False), ('utf-8', True)])

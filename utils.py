@@ -1504,7 +1504,7 @@ own_params = {}  # what the running script lets set besides: name -> kind, small
 
 def help_text() -> str:
     """Return what 帮助 says."""
-    own = [f'{name} {default:g}：训练函数自己的值' for name, (*_, default) in own_params.items()]
+    own = [f'{name} {default}：训练函数自己的值' for name, (*_, default) in own_params.items()]
     return '\n'.join([HELP, *own])
 
 
@@ -1514,15 +1514,13 @@ def limits_of(name: str) -> tuple:
         return LIMITS[name]
     kind, smallest, largest, default = own_params[name]
     what = '整数' if kind == 'int' else '数'
-    between = [f'不小于 {smallest:g}'] * (smallest > -math.inf) + [f'不大于 {largest:g}'] * (
-        largest < math.inf
-    )
+    between = [f'不小于 {smallest}'] * (smallest > -math.inf) + [f'不大于 {largest}'] * (largest < math.inf)
     limits = '、'.join(between) + ' 的' * bool(between)
     return (
         (int if kind == 'int' else float),
         smallest,
         largest,
-        f'{name} 要是{limits}{what}，例如 {name} {default:g}',
+        f'{name} 要是{limits}{what}，例如 {name} {default}',
     )
 
 
@@ -1851,7 +1849,7 @@ def manner_text(report_every: int, patience: int) -> str:
 
 def values_text(lr: float, ti: int, bs: int, own: Optional[dict] = None) -> str:
     """Return the three values in words, and those of the training function's own."""
-    more = ''.join(f'\n{name} = {value:g}' for name, value in (own or {}).items())
+    more = ''.join(f'\n{name} = {value}' for name, value in (own or {}).items())
     return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}{more}'
 
 
@@ -4757,6 +4755,7 @@ class Trainer:
 
     def do_params(self, params: dict) -> None:
         """The training function lets further values be set."""
+        own_params.clear()
         own_params.update(params)
         memory.write(set_setting('own_params', own_params))
 
@@ -4833,7 +4832,13 @@ def known_runs(most: int = 1000) -> list:
     """Return what is known of the last runs, the last one first: their facts, number, person, ending."""
     columns = 'number', 'person', 'begun', 'ended', 'ending'
     rows = memory.rows(f'SELECT {", ".join(columns)}, facts FROM run ORDER BY number DESC LIMIT {most}')
-    return [{**json.loads(facts), **dict(zip(columns, row))} for *row, facts in rows]
+    runs = [{**json.loads(facts), **dict(zip(columns, row))} for *row, facts in rows]
+    for run in runs:
+        if run.get('folder'):  # all may have been moved, or copied, to another place since
+            run['folder'] = os.path.join(RUNS, os.path.basename(run['folder']))
+        if run.get('checkpoint'):
+            run['checkpoint'] = os.path.join(run['folder'], os.path.basename(run['checkpoint']))
+    return runs
 
 
 def run_row(run: dict) -> tuple:
@@ -4874,10 +4879,10 @@ def runs_text() -> str:
         values = [f'lr {"→".join(rates)}'] * bool(rates) + [f'bs {bs}'] * bool(bs)
         epoch, value = run.get('best') or (0, None)
         demo = '演示数据，' * (run.get('data') == 'demo')
-        number = '' if value is None else f'，{value:.3f}'
+        by, lower = run.get('best_by') or ('test_acc', False)
+        number = '' if value is None else f'，{value:.3f}' if by == 'test_acc' else f'，{by} {value:.4g}'
         when = local_time(run['begun'])
         lines.append(f'{place}. {when} {" ".join(values)}，{demo}{run.get("epochs", 0)} 轮{number}，{ended}')
-        by, lower = run.get('best_by') or ('test_acc', False)
         if value is not None:
             best.setdefault((demo, by, lower), []).append((-value if lower else value, -place))
     if not lines:
@@ -4891,23 +4896,26 @@ def runs_text() -> str:
 def look_for_runs() -> None:
     """List the runs in runs/ that the memory does not know: of an earlier version, or brought from elsewhere.
 
-    A run is known by when it was begun, a folder by its name: a copy of one that is there is none.
+    A run is known by when it was begun, a folder by its name: a copy of one that is there is none, but one
+    whose folder has another name now is found again.
     """
     known = {run['begun']: run for run in known_runs()}
+    of_folder = {run['folder']: run for run in known.values() if run.get('folder')}
     names = {
         os.path.basename(run['folder']) for run in known.values() if 'epochs' in run and run.get('folder')
     }
     found = []
     for folder in sorted(glob.glob(os.path.join(glob.escape(RUNS), '*', ''))):
-        run = {} if os.path.basename(folder[:-1]) in names else facts_in(folder[:-1])
-        if run:
-            found.append(run)
+        with contextlib.suppress(Exception):  # whatever other programs keep in a folder called runs/
+            run = {} if os.path.basename(folder[:-1]) in names else facts_in(folder[:-1])
+            found += [run] * bool(run)
     found.sort(key=lambda run: (run['number'], run['copied'], run['folder']))
     old = min([run['number'] for run in known.values()], default=1) - sum(not run['number'] for run in found)
     for run in found:
-        before = known.get(run['begun'])
-        if before and (run.pop('copied') or os.path.isdir(before.get('folder') or '')) and 'epochs' in before:
+        before = known.get(run['begun']) or of_folder.get(run['folder'])
+        if before and os.path.isdir(before.get('folder') or '') and 'epochs' in before:
             continue
+        del run['copied']
         numbers = {run['number'] for run in known.values()}
         if before:
             run = {**run, **before, 'folder': run['folder'], 'checkpoint': run['checkpoint']}
@@ -4936,7 +4944,8 @@ def facts_in(folder: str) -> dict:
     with contextlib.suppress(ValueError):
         moment = moment and time.mktime(time.strptime(moment[0], '%Y%m%d-%H%M%S'))
     by, lower = state.get('best_by') or ('test_acc', False)
-    measured = [(float(row[by]), int(row['epoch'])) for row in rows if row.get(by)]
+    measured = [(float(row.get(by) or math.nan), int(row['epoch'])) for row in rows]
+    measured = [pair for pair in measured if not math.isnan(pair[0])]
     best = (min if lower else max)(measured, key=lambda pair: pair[0], default=None)
     rates = [float(row['learning_rate']) for row in rows]
     lr, ti, bs = state.get('params') or (None, None, None)
@@ -6776,11 +6785,12 @@ def chat_inf(
     `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len(), or progress() has
     counted them; numbers or NDArrays of one element. `train_acc` and `test_acc` may be None: not measured.
     After an epoch that 停止 cut short nothing is reported. Your own `numbers`, like f1=0.83, stand in the
-    report, in log.csv and in the curve.
+    report, in log.csv and in the curve; seconds=3, as a column is called, as seconds_.
     Raises FloatingPointError when the loss is not finite, TypeError when nobody knows of how many batches.
     """
     sums = team.meet(*parts_of(train_loss), *parts_of(train_acc))
     with lock:
+        run.leave_pass()
         if run.is_cut_short():
             return
         batches = run.batches_reported(train_data)
@@ -6788,7 +6798,7 @@ def chat_inf(
     loss = mean_of(*sums[:3], batches) if train_loss is not None else None
     accuracy = mean_of(*sums[3:], batches) if train_acc is not None else None
     test_acc = None if test_acc is None else float(test_acc)
-    numbers = {name: float(value) for name, value in numbers.items()}
+    numbers = {name + '_' * (name in History.COLUMNS): float(value) for name, value in numbers.items()}
     if loss is not None:
         check_finite(loss)
     with lock:
@@ -6824,7 +6834,8 @@ def load_checkpoint(net: Any, trainer: Any, extra: Optional[dict] = None) -> tup
         if kept != [len(nets), len(trainers)]:
             raise RuntimeError('检查点里有 %d 个网络、%d 个 Trainer，和这个训练函数的不一样' % tuple(kept))
         for path, each in zip(part_names(folder, 'net.params'), nets):
-            each.load_parameters(path, ctx=try_gpu())
+            ready = any(p._data or p._deferred_init for p in each.collect_params().values())
+            each.load_parameters(path, ctx=None if ready else try_gpu())  # None: where it has been put
         orders = zip(part_names(folder, 'trainer.states'), trainers, state['orders'])
         for path, each, order in orders:
             reorder_states(path, order, names_in_order(nets, each))
@@ -6846,21 +6857,20 @@ def save_checkpoint(
     """Keep what 继续 needs; return the epoch to go on with and the sums in it so far, as load_checkpoint().
 
     `net` and `trainer` are one each, or lists of several; `extra` is what else is to be kept, by name:
-    numbers, texts, lists, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0, 0; after one
-    that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes on: the
-    checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before, when a
-    parameter is not finite.
+    numbers, texts, lists, tuples, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0,
+    0; after one that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes
+    on: the checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before,
+    when a parameter is not finite.
     """
     nets = as_list(net)
     with run.during(Phase.SAVING):
         with lock:
+            run.leave_pass()
             here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
             run.finish_unreported(epoch)
-            state, log, mistakes = run.state(*here), run.history.csv(), run.mistakes
-            losses = np.array(run.losses.points)
+            state, log, losses = run.state(*here), run.history.csv(), np.array(run.losses.points)
             row = run.history.row_of(epoch) if not state['batch'] else None
-            is_best = row is not None and row is run.history.best
-            state['row'] = row and row.number
+            is_best, state['row'] = row is not None and row is run.history.best, row and row.number
             state['orders'] = [names_in_order(nets, each) for each in as_list(trainer)]
         seed_epoch(run.seed, here[0])
         if team.size > 1:
@@ -6869,12 +6879,10 @@ def save_checkpoint(
             even_out(each)
         if not state['epochs'] and not state['batch']:
             return here  # nothing has been learned yet
-        for name, parameter in [pair for each in nets for pair in each.collect_params().items()]:
-            if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
-                raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
+        check_parameters(nets)
         if is_best:
             run.write('best.params', '最好的网络', nets[0].save_parameters)
-        kept = nets, as_list(trainer), state, losses, log, extra, mistakes
+        kept = nets, trainer, state, losses, log, extra, run.mistakes
         path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, *kept))
         if path and is_best:
             run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
@@ -6883,6 +6891,13 @@ def save_checkpoint(
                 run.checkpoint = path
                 run.tell(checkpoint=path, kept=run.how_far())
     return here
+
+
+def check_parameters(nets: list) -> None:
+    """Raise FloatingPointError when a parameter is not finite; one that was never computed has no numbers."""
+    for name, parameter in [pair for each in nets for pair in each.collect_params().items()]:
+        if parameter._data and not np.isfinite(as_numpy(parameter._data[0])).all():
+            raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
 
 
 def names_in_order(nets: list, trainer: Any) -> list:
@@ -6931,13 +6946,15 @@ def chat_param(name: str, default: Any, smallest: Any = None, largest: Any = Non
     value is used, for each batch or epoch. A default that is not negative makes 0 the `smallest`.
     Raises ValueError for a name that cannot be one, TypeError for another kind of value.
     """
-    if own_params.get(name, (None,) * 4)[3] != default:
+    spec = type(default), default, smallest, largest
+    if run.declared.get(name) != spec:
         declare(name, default, smallest, largest)
+        run.declared[name] = spec
     with lock:
         own = team.agreed[3] if team.agreed else settings.own
         value = own.get(name, run.own.get(name, default))
         if run.own.get(name, value) != value:
-            run.marks.append((run.epochs_done(), f'{name} {value:g}'))
+            run.marks.append((run.epochs_done(), f'{name} {value}'))
         run.own[name] = value
         return value
 
@@ -6953,7 +6970,11 @@ def declare(name: str, default: Any, smallest: Any, largest: Any) -> None:
     lowest = 0 if default >= 0 else -math.inf
     kind = 'int' if isinstance(default, int) else 'float'
     limits = lowest if smallest is None else smallest, math.inf if largest is None else largest
-    own_params[name] = (kind, *limits, default)
+    with lock:
+        own_params[name] = (kind, *limits, default)
+        for values in (settings.own, run.own):  # set when the script had another kind or other limits
+            with contextlib.suppress(KeyError, ValueError):
+                values[name] = read_value(name, str(values.pop(name)))
     itchat.instance.report('params', params=own_params)
 
 
@@ -6987,40 +7008,44 @@ class ChatHandler(
     def __init__(self, wechat_name: str):
         self.wechat_name = wechat_name
         self.epoch, self.loss, self.acc = 1, 0, 0
+        self.begins = False  # is the next pass over the loader the one that trains?
 
     def train_begin(self, estimator: Any, *args, **kwargs) -> None:
         """Take up a checkpoint; from now on the loader's batches are counted, and ti decides the end."""
         self.epoch, self.loss, self.acc = load_checkpoint(estimator.net, estimator.trainer)
-        loader = sys._getframe(1).f_locals['train_data']  # fit() gives it to no handler
+        frame = sys._getframe(1)
+        while 'train_data' not in frame.f_locals:  # fit()'s, which gives it to no handler
+            frame = frame.f_back
+        loader = frame.f_locals['train_data']
         kind = type(loader)
 
         class Counted(kind):
-            def __iter__(self):
-                return progress(SizedIterable(len(self), lambda: kind.__iter__(self)), train=True)
+            def __iter__(loader):
+                begins, self.begins = self.begins, False
+                batches = SizedIterable(len(loader), lambda: kind.__iter__(loader))
+                return progress(batches, train=True) if begins else iter(batches)
 
         loader.__class__ = Counted
-        if estimator.max_epoch and estimator.max_epoch != params()[1]:
-            with lock:
+        if not estimator.max_epoch:
+            return
+        with lock:
+            if not run.resumed and 'training_iters' not in settings.chosen:
                 run.training_iters = estimator.max_epoch
-        if estimator.max_epoch:
-            estimator.max_epoch = LIMITS['training_iters'][2]  # before the StoppingHandler sees it
+        estimator.max_epoch = LIMITS['training_iters'][2]  # before the StoppingHandler sees it
 
     def epoch_begin(self, estimator: Any, *args, **kwargs) -> None:
         """An epoch begins."""
         lock_start()
+        self.begins = True
 
     def batch_begin(self, estimator: Any, *args, **kwargs) -> None:
         """Let a new learning rate count, where no scheduler decides."""
         if estimator.trainer.optimizer.lr_scheduler is None:
             estimator.trainer.set_learning_rate(params()[0])
 
-    def batch_end(
-        self, estimator: Any, *args, loss: Any = None, pred: Any = None, label: Any = None, **_
-    ) -> bool:
+    def batch_end(self, estimator: Any, *args, loss: Any = None, **_) -> bool:
         """Add up; return True at 停止."""
         self.loss += batch_loss(joined(loss))
-        if any(isinstance(metric, mx.metric.Accuracy) for metric in estimator.train_metrics):
-            self.acc += accuracy(joined(pred), joined(label))
         return not running
 
     def epoch_end(self, estimator: Any, *args, **kwargs) -> bool:
@@ -7032,6 +7057,9 @@ class ChatHandler(
                 test_acc = None if math.isnan(value) else value
             elif not isinstance(metric, mx.metric.Loss) and not math.isnan(value):
                 numbers[name] = value
+        for metric in estimator.train_metrics:
+            if isinstance(metric, mx.metric.Accuracy):
+                self.acc += Share(metric.get()[1], metric.sum_metric, metric.num_inst)
         acc = self.acc if isinstance(self.acc, Share) else None
         chat_inf(self.wechat_name, self.epoch, self.loss, acc, None, test_acc, **numbers)
         kept = estimator.net, estimator.trainer, self.epoch, self.loss, self.acc
@@ -7205,7 +7233,7 @@ class History:
 
     def decisive(self, row: Row) -> Optional[float]:
         """Return the number of an epoch that decides which is the best."""
-        return row.numbers.get(self.by, getattr(row, self.by, None))
+        return getattr(row, self.by) if self.by in self.COLUMNS else row.numbers.get(self.by)
 
     def decide_by(self, by: str, lower: bool) -> None:
         """Let another number decide."""
@@ -7382,22 +7410,18 @@ class Run:
         self.live = None  # does nn_train ask for new values? None: it has not come to that yet
         self.wanted = {}  # values that were set by then
         self.steps, self.rate = 0, None  # that Trainers have taken; the learning rate of the last batch
-        self.steppers, self.keepers = (
-            set(),
-            None,
-        )  # id() of Trainers that step; that load_checkpoint() has had
-        self.last_rate = None  # as a Trainer has used it
+        self.steppers, self.keepers = set(), None  # id() of Trainers: that step; in load_checkpoint()
+        self.first_rate = self.last_rate = None  # as a Trainer has used them; the former: in its first step
         self.scheduled, self.scale = False, 1.0  # has the Trainer a scheduler? by what is its rate multiplied
         self.own = {}  # name -> value, as chat_param() has returned it last
+        self.declared = {}  # name -> kind, default and limits, as nn_train has asked for it last
         self.epochs = 0  # done
         self.batch = self.batches = 0  # done and in all in this epoch; 0 when progress() is not used
         self.unfinished = 0  # batches of the epoch that 继续 goes on with, until its pass begins
         self.walk = None  # the Pass of this epoch that trains
         self.open = True  # is the next pass the first of an epoch?
-        self.proven, self.believed = (
-            False,
-            0,
-        )  # has a Trainer taken a step in a pass? epochs that only seem so
+        self.proven = False  # has a Trainer taken a step in a pass?
+        self.believed = 0  # epochs that only seem so
         self.promised = 0  # the epoch that is trained at least, as nn_train has asked for ti
         self.clock = Clock()
 
@@ -7411,6 +7435,7 @@ class Run:
         self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
         self.unfinished, self.proven, self.rate = self.batch, state['proven'], state['rate']
         self.scheduled, self.scale, self.own = state['scheduled'], state['scale'], state['own']
+        self.last_rate = self.rate or self.history.rows and self.history.rows[-1].learning_rate
         self.clock = Clock(*state['clock'])
 
     def state(self, epoch: int, train_loss: Any, train_acc: Any) -> dict:
@@ -7530,7 +7555,11 @@ class Run:
         scale = team.agreed[4] if team.agreed else self.scale
         if self.scheduled and scale != getattr(scheduler, 'factor_by_chat', 1):
             trainer.optimizer.lr_scheduler = Scaled(scheduler, scale)
-        self.rate = self.last_rate = float(trainer.learning_rate)
+        optimizer = trainer.optimizer  # a scheduler is asked when the step is counted
+        rate = optimizer.lr_scheduler(optimizer.num_update + 1) if self.scheduled else optimizer.lr
+        self.rate = self.last_rate = float(rate)
+        if self.steps == 1 and self.resumed is None:
+            self.first_rate = self.rate
         if self.steps == 1 and self.walk and self.walk.state is Walk.DONE and not self.walk.proven:
             self.epochs, self.believed, self.batch, self.walk = self.epochs - self.believed, 0, 0, None
             self.enter(Phase.TRAINING)
@@ -7596,13 +7625,18 @@ class Run:
         if self.live is None:
             self.live, self.wanted = False, {}
 
+    def leave_pass(self) -> None:
+        """The loop has been left: so has its pass, though a variable may keep what progress() returned."""
+        if self.walk and self.walk.state is Walk.GOING:
+            self.end_pass(self.walk, False)
+
     def end_pass(self, walk: Pass, whole: bool) -> None:
         """Note that a pass is over: the `whole` of it, or the loop was left in the middle of a batch."""
+        if walk.state is Walk.DONE:
+            return
         if not whole and self.steps > walk.counted and walk.state is Walk.GOING:
             self.count_batch(walk, 0)
-        walk.proven |= (
-            walk.trains and walk.done == walk.first > 0
-        )  # 停止 came at the end of this epoch's pass
+        walk.proven |= walk.trains and walk.done == walk.first > 0  # 停止 came at the end of its pass
         if walk.state is Walk.GOING:
             cut = walk is self.walk and not whole and not self.now()[0] and self.counts(walk)
             walk.state = Walk.CUT if cut else Walk.DONE
@@ -7741,6 +7775,8 @@ class Run:
         rate = self.history.rows[-1].learning_rate if self.history.rows else self.learning_rate
         values = rate, self.training_iters, self.batch_size
         about = {'data': self.data, 'best_by': (self.history.by, self.history.lower), 'values': values}
+        first = self.history.rows[0].learning_rate if self.history.rows else self.learning_rate
+        about['first_rate'] = first if self.first_rate is None else self.first_rate
         numbers = {'epochs': len(self.history.rows), 'best': found, 'best_lines': self.best_lines()}
         return {**about, 'how_far': self.how_far(), **numbers}
 
@@ -7782,9 +7818,12 @@ class Run:
             rate = self.learning_rate if self.rate is None else self.rate
             again = '继续' if self.checkpoint else '开始'
             lines = [f'训练停下了：{error}', f'{place}，lr = {rate:g}']
-            lines += [f'可以试试 lr {rate / 10:g}，再发“{again}”']
+            how = f' lr {rate / 10:g}，再发“{again}”'
+            if self.scheduled and self.checkpoint:  # there, lr decides nothing
+                how = '“继续”，再发 lr x0.1'
+            lines += [f'可以试试{how}']
             if self.has_best():
-                lines += [f'也可以先发“回退”，回到最好的第 {self.history.best.epoch} 轮']
+                lines += ['也可以先发“回退”，回到存下来的最好的一轮']
         elif error is not None:
             lines = [f'训练出错，已结束（主机 {socket.gethostname()}）', *error_lines(error), self.how_far()]
         elif self.reason is Ending.EARLY:
@@ -7794,6 +7833,14 @@ class Run:
         if kept and (error is not None or self.epochs_done() < self.training_iters):
             lines.append(f'检查点在 {shown(self.checkpoint)}，发“继续”接着训练')
         return data_note() + '\n'.join([*lines, '用时 ' + duration(self.clock.elapsed())])
+
+    def forget_params(self) -> None:
+        """Forget the values by chat that the script, an epoch later, no longer asks for."""
+        gone = own_params.keys() - self.declared if self.history.rows else ()
+        for name in gone:
+            del own_params[name]
+        if gone:
+            itchat.instance.report('params', params=own_params)
 
     def has_best(self) -> bool:
         """Return whether 回退 has something to go back to."""
@@ -8270,13 +8317,22 @@ def write_extra(folder: str, extra: dict) -> None:
     """Write what a person wants kept: JSON, with the arrays in it in a file beside."""
     arrays = []
 
-    def as_reference(value: Any) -> dict:
-        if not isinstance(value, (np.ndarray, np.generic, nd.NDArray)):
-            raise TypeError(f'extra：{type(value).__name__} 存不了，要是数、文字、列表、字典或数组')
-        arrays.append(value.asnumpy() if isinstance(value, nd.NDArray) else np.asarray(value))
-        return {'array': len(arrays) - 1, 'of': 'mxnet' if isinstance(value, nd.NDArray) else 'numpy'}
+    def packed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: packed(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            parts = [packed(each) for each in value]
+            return {'__tuple__': parts} if isinstance(value, tuple) else parts
+        if value is None or isinstance(value, (str, int, float)):
+            return value
+        array = value.asnumpy() if isinstance(value, nd.NDArray) else value
+        if not isinstance(array, (np.ndarray, np.generic)) or array.dtype.hasobject:
+            raise TypeError(f'extra：{type(value).__name__} 存不了，要是数、文字、列表、字典或数的数组')
+        arrays.append(array)
+        kind = 'mxnet.np' if isinstance(value, mx.np.ndarray) else 'mxnet' * isinstance(value, nd.NDArray)
+        return {'__array__': len(arrays) - 1, 'of': kind}
 
-    append(os.path.join(folder, 'extra.json'), json.dumps(extra, default=as_reference), 'w')
+    append(os.path.join(folder, 'extra.json'), json.dumps(packed(extra)), 'w')
     np.savez(os.path.join(folder, 'extra.npz'), *arrays)
 
 
@@ -8285,10 +8341,13 @@ def read_extra(folder: str) -> dict:
     with np.load(os.path.join(folder, 'extra.npz')) as arrays:
 
         def revive(value: dict) -> Any:
-            if set(value) != {'array', 'of'}:
+            if '__tuple__' in value:
+                return tuple(value['__tuple__'])
+            if '__array__' not in value:
                 return value
-            array = arrays[f'arr_{value["array"]}']
-            return nd.array(array, dtype=array.dtype) if value['of'] == 'mxnet' else array
+            array = arrays[f'arr_{value["__array__"]}']
+            make = {'mxnet': nd.array, 'mxnet.np': mx.np.array}.get(value['of'])
+            return make(array, dtype=array.dtype) if make else array[()]
 
         with open(os.path.join(folder, 'extra.json'), encoding='utf-8') as f:
             return json.load(f, object_hook=revive)
@@ -8390,9 +8449,8 @@ def read_checkpoint(path: Any) -> dict:
                 points = np.load(io.BytesIO(checkpoint.read('losses.npy'))).tolist()
                 state['losses'] = Losses(map(tuple, points), **state['losses'])
                 state['history'] = History.read(checkpoint.read('log.csv').decode())
-                state['numbers'] = [row.numbers for row in state['history']]
                 Run().resume(path, state)  # nothing is missing
-                return {'data': state['data'], **state}
+                return state
         except OSError:
             raise
         except Exception as error:  # whatever zipfile, json and numpy make of damaged bytes
@@ -8613,8 +8671,7 @@ class Commands:
         run.enter(Phase.LOADING)
         about = {'number': run.number, 'person': run.person.key, 'begun': run.begun, 'ending': None}
         kept = {'folder': run.folder, 'checkpoint': run.checkpoint, 'kept': run.how_far()}
-        first = run.history.rows[0].learning_rate if run.history.rows else run.learning_rate
-        self.news = {**about, **kept, **run.facts(), 'first_rate': first, 'stopping': False}
+        self.news = {**about, **kept, **run.facts(), 'stopping': False}
         self.job = self.nn_train, run
 
     def stop(self, asked: Optional[Asked] = None) -> str:
@@ -8705,7 +8762,8 @@ class Commands:
         settings.patience = asked.number
         if not asked.number:
             return '好，不早停了。'
-        what = TITLES.get(run.history.by, run.history.by)
+        by = run.history.by if run.busy or run.history.rows else settings.best_by[0]
+        what = TITLES.get(by, by)
         return f'好，{what} {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
 
     def set_values(self, pairs: list) -> str:
@@ -8724,7 +8782,7 @@ class Commands:
         relative = text[0] in 'x*/'
         if name in own_params:
             settings.own[name] = read_value(name, text)
-            return [f'{name} = {settings.own[name]:g}'] if running else []
+            return [f'{name} = {settings.own[name]}'] if running else []
         if name == 'learning_rate' and relative and running and run.scheduled:
             factor = read_value(name, text, 1.0)
             run.scale *= factor
@@ -8830,6 +8888,7 @@ def close(this_run: Run) -> None:
         with lock:
             if this_run.rolling_back and not note:  # somebody has just said so
                 continue
+            this_run.forget_params()
             try:
                 if not paused:
                     tell_end(this_run, note)
