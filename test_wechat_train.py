@@ -7189,26 +7189,18 @@ TALK_OF_THE_NIGHT = """
 提醒我一下 / 提醒我 5 点开会 / 提醒 大家 带伞 / 请提醒他 / 提醒我损失太大了 / 排队买票 / 排队 3 小时
 排队 买票 / 在排队 / 排队的人好多 / 对比一下 / 对比度 / 这个对比太强烈 / 停止全部供水 / 停止 全部 供水
 开始 吃饭了 / 开始 上课啦 / 开始 下雨了吗 / 开始  小学习率 / 开始小学习率 / 开始，小学习率 / 开始 小 学习率
-开始 停止供水 / 开始 继续努力 / 开始 这个名字实在是太长太长了一点 / queue up please / compare it / remind me later
-stop all of it / 排队lr是什么
+开始 停止供水 / 开始 继续努力 / 开始 这个名字实在是太长太长了一点 / queue up please / compare it
+remind me later / stop all of it / 排队lr是什么
 """
 
 
 def test_small_talk_of_the_night():
     for text in [text for line in TALK_OF_THE_NIGHT.strip().split('\n') for text in line.split(' / ')]:
         assert utils.parse(text) == TALK, text
-    for (
-        text
-    ) in '提醒 abc/提醒 test_acc 0.9/提醒 损失 < /提醒 > 0.5/提醒 5/排队 lr/排队 lr abc/排队 3/对比 2'.split(
-        '/'
-    ):
-        assert utils.parse(text).almost == text.strip() and '例如' in utils.explain(text) + '例如' * (
-            text[0] == '对'
-        )
-    for text in (
-        '开始 小学习率',
-        '开始 小学习率\n停止',
-    ):  # a friend who may not command yet may mean the rain
+    almost = '提醒 abc/提醒 test_acc 0.9/提醒 损失 </提醒 > 0.5/提醒 5/排队 lr/排队 lr abc/排队 ti 5轮/对比 2'
+    for text in almost.split('/'):
+        assert utils.parse(text).almost == text and '没看懂，没有执行' in utils.explain(text)
+    for text in ('开始 小学习率', '开始 小学习率\n停止'):  # of one who may not command yet
         assert not utils.parse(text).complete
 
 
@@ -7342,8 +7334,8 @@ def test_a_queue_of_three_with_a_death_in_the_second(wechat, tmp_path, keeps):
         (tmp_path / 'go 0.5').touch()
         table = wechat.wait_text('做完了', since=so_far)
         assert table == table_of(rates, 3)
-        picture = wechat.wait(lambda: [t for t in wechat.heard(since=so_far) if isinstance(t, bytes)][4:])[0]
-        assert picture == (tmp_path / 'runs' / 'compare.png').read_bytes()
+        path = tmp_path / 'runs' / 'compare.png'
+        wechat.wait(lambda: path.exists() and path.read_bytes() in wechat.heard(since=so_far))
         texts = [t for t in wechat.heard(since=so_far) if isinstance(t, str)]
         wechat.wait_text('秒后执行', since=so_far)
         assert not [t for t in texts[: texts.index(table)] if '秒后执行' in t]
@@ -7358,7 +7350,7 @@ def test_a_queue_of_three_with_a_death_in_the_second(wechat, tmp_path, keeps):
         ends = [t.split('\n')[0] for t in texts if t.startswith('训练完成')]
         assert ends == ['训练完成', *(f'训练完成（排队 {i}/3）' for i in (1, 2, 3))]
         assert all(len(text.split('\n')) < 12 for text in texts)
-        drawn = np.asarray(Image.open(io.BytesIO(picture)).convert('RGB')).astype(int)
+        drawn = np.asarray(Image.open(path).convert('RGB')).astype(int)
         for colour in (BLUE, ORANGE, (44, 160, 44)):
             assert rows_with(drawn, colour)[1] > 300
         lines = wechat.ask('记录').split('\n')

@@ -3602,7 +3602,10 @@ class Queue:
         if self.errors > 1 and self.waiting:
             head = f'连着两次一分钟内就出错，排队停了，还排着的 {len(self.waiting)} 次不做了'
         head += f'；最好的 {self.SHOWN} 次：' * (len(kept) < len(lines))
-        drawn = [[done[place][1]['folder'], done[place][0]] for place in kept if done[place][1].get('folder')]
+        drawn = [
+            (run.get('folder'), words) for words, run in map(done.__getitem__, kept) if run.get('epochs')
+        ]
+        drawn = [pair for pair in drawn if pair[0]]
         self.__init__()
         return '\n'.join([head, *(lines[place] + ' ★' * (place in best) for place in kept)]), drawn
 
@@ -3904,7 +3907,7 @@ class Trainer:
         """Let the process end, after `stop`ping its run or when that is over; wait for that."""
         with self.guard:
             if not stop:
-                self.guard.wait_for(lambda: not self.is_queued() or self.state is State.GONE)
+                self.guard.wait_for(lambda: self.state is State.GONE or not (self.is_queued() or self.asks()))
             self.ending = True
             if self.state is not State.GONE:
                 self.line.send('end', stop=stop)
@@ -4054,8 +4057,7 @@ class Trainer:
         That is, if nothing is going on or is to be answered. Needs the guard.
         """
         queue, busy = self.queue, self.is_busy() or self.ending or self.restarting
-        asked = any(order.known is not None or order.path for order in self.orders.values())
-        if self.state is not State.READY or busy or asked:
+        if self.state is not State.READY or busy or self.asks():
             return
         if queue.current and queue.is_interrupted(self.run):
             queue.current['tries'] += 1
@@ -4258,10 +4260,13 @@ class Trainer:
                     countdown.start(self.run.get('person'))
             self.guard.notify_all()
 
+    def asks(self) -> bool:
+        """Return whether what this process has asked for is not answered yet. Needs the guard."""
+        return any(order.known is not None or order.path for order in self.orders.values())
+
     def is_queued(self) -> bool:
         """Return whether a run of 排队 is going on or waits. Needs the guard."""
-        told = all(order.known is None for order in self.orders.values())
-        return bool(self.queue.waiting or self.queue.current or not told)
+        return bool(self.queue.waiting or self.queue.current)
 
     def run_row(self) -> tuple:
         """Return the statement that remembers what is known of the last run. Needs the guard."""
