@@ -4,7 +4,8 @@ Two processes, two halves and one door. The process that the shell starts talks;
 line, trains. Read from top to bottom:
 
     the half that talks: two processes -> what is said -> the options -> what is remembered -> people
-        -> what can be said -> outgoing mail -> clients (Terminal, WeChat, FileHelper) -> the training process
+        -> what can be said -> outgoing mail -> clients (Terminal, WeChat, FileHelper)
+        -> several programs, one login -> the training process
     the door: the talking process never comes back from `import utils`
     the half that trains: before MXNet -> the command line -> data -> device, accuracy -> its speed
         -> several processes (class Team) -> what a training loop calls -> class Run -> its files
@@ -15,11 +16,12 @@ no contacts. Between them is one Line, and on it itchat's interface.
 
 In the talking process the main thread logs in and receives (clients), two threads send (Mail), one
 listens to the training process and starts it again (Trainer), one prints (Printer), one watches for a run
-that stands still. In the training process the main thread runs nn_train, one listens on the line and
-carries out commands, one draws.
+that stands still; where several programs have one login, see Programs and Joined. In the training process
+the main thread runs nn_train, one listens on the line and carries out commands, one draws.
 
-Lock order, talking: `trainer.guard` before `people.guard`, `mail.changed` or a client's `echo`, of which no
-two are held together, and `memory.guard` last. Training: `lock` (the run, the values) before the line's.
+Lock order, talking: `trainer.guard` before `programs.guard` before `people.guard`, `mail.changed` or a
+client's `echo`, of which no two are held together, and `memory.guard` last. Training: `lock` (the run, the
+values) before the line's.
 """
 
 import sys
@@ -49,7 +51,7 @@ def explain_missing_package(kind: type, error: BaseException, trace: 'Any') -> N
     here = os.path.dirname(os.path.abspath(__file__))
     wanted, venv = os.path.join(here, 'requirements.txt'), os.path.join(here, '.venv')
     install = f'{{}} -m pip install --no-deps -r {wanted}'
-    if os.path.exists(os.path.join(venv, 'bin', 'python')) and not sys.prefix.startswith(venv):
+    if os.path.exists(os.path.join(venv, 'bin', 'python')) and not sys.executable.startswith(venv):
         how = f'用 {venv}/bin/python 代替 {sys.executable}'
     elif sys.prefix != sys.base_prefix:
         how = '先运行 ' + install.format(sys.executable)
@@ -255,14 +257,19 @@ class Line:
         self.waiting.put(None)
         self.writer.join(1)
 
-    def receive(self, *others: Any) -> Optional[dict]:
-        """Return what comes next; None at the end of the other process.
+    def cut(self) -> None:
+        """Let both ends find that the other one is gone, also whoever waits for it right now."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as ours:
+            ours.shutdown(socket.SHUT_RDWR)
+
+    def receive(self, *others: Any, most: Optional[int] = None) -> Optional[dict]:
+        """Return what comes next, of at most so many bytes; None at the end of the other process.
 
         `others` are files that can be read when that process is gone though some child of its holds the line.
         """
         with contextlib.suppress(OSError, EOFError):
             if self.connection in multiprocessing.connection.wait([self.connection, *others]):
-                return json.loads(self.connection.recv_bytes())
+                return json.loads(self.connection.recv_bytes(most))
         return None
 
 
@@ -321,6 +328,12 @@ class Place:
 def place_in_words(epochs: float, batch: float, batches: float, to: str = '到') -> str:
     """Return a place in the current epoch, in words."""
     return f'第 {epochs + 1:.0f} 轮{to}第 {batch:.0f}{f"/{batches:.0f}" if batches else ""} 批'
+
+
+def so_far(at: dict) -> str:
+    """Return what is done of a run, in words, from what Place.read() returns."""
+    batch = f'，{place_in_words(at["epochs"], at["batch"], at["batches"])}' if at['batch'] else ''
+    return f'完成 {at["epochs"]:.0f}/{at["length"]:.0f} 轮{batch}'
 
 
 # ----------------------------------------------------------------------------------------- what is said
@@ -822,6 +835,7 @@ FLAGS = {
     'demo': '--console，并用程序自己画的小图：不需要微信，也不需要网络',
     'filehelper': '从文件传输助手登录：什么账号都可以，在自己手机的“文件传输助手”里发命令',
     'logout': '结束存下的登录（服务器上的也结束），删掉它的文件',
+    'alone': '自己登录，不和这台机器上已经登录的程序合用一个微信',
 }
 OPTIONS = {  # default, what stands for it in the help, its help
     'data': (None, 'DIR', 'Fashion-MNIST 的四个 IDX 文件所在的文件夹（默认自动下载）'),
@@ -831,6 +845,8 @@ OPTIONS = {  # default, what stands for it in the help, its help
         'NAME',
         '谁可以下命令：好友的备注名或昵称，可以写多次（默认是第一个发来命令的好友）；机主总可以',
     ),
+    'name': (None, 'NAME', '几个程序合用一个微信时，在那里叫什么（默认是文件夹的名字）'),
+    'chat': (None, 'PATH', '合用别的机器上的程序的微信：它的套接字用 ssh 接过来，放在 PATH'),
     'then': (None, 'CMD', '训练自己结束后（不是被停止，也没出错）过一分钟执行的命令，如 shutdown'),
     'gpu': (0, 'I', '用第几块 GPU，从 0 数起（默认 0）'),
     'workers': (1, 'N', '由 N 个进程一起训练（默认 1），各用一块 GPU；bs 是合起来的'),
@@ -1279,6 +1295,40 @@ class People:
         mail.put((person, '机主允许你下命令了，发“帮助”看有哪些。'))
         return f'好，{person.name} 能下命令了。'
 
+    def facts(self) -> list:
+        """Return (UserName, nickname, remark, role) of each who may command, for believe()."""
+        with self.guard:
+            return [(p.user_name, p.nickname, p.remark, p.role) for p in self.supervisors()]
+
+    def believe(self, facts: list) -> None:
+        """Take over who may command from the program that has the login."""
+        with self.guard:
+            found = []
+            for user_name, *names, given in facts:
+                person = (
+                    user_name
+                    and self.known.get(user_name)
+                    or next(
+                        (
+                            p
+                            for p in self.by_key.values()
+                            if [p.nickname, p.remark] == names and p not in found
+                        ),
+                        Person(user_name),
+                    )
+                )
+                found.append(person)
+                now = [person.user_name, person.nickname, person.remark, person.role]
+                if now != [user_name, *names, given]:
+                    person.user_name, (person.nickname, person.remark), person.role = user_name, names, given
+                    self.keep(person)
+                if user_name:
+                    self.known[user_name] = person
+            for person in self.supervisors():
+                if person not in found:
+                    person.role = ''
+                    self.keep(person)
+
     def rename(self, friends: Iterable) -> None:
         """Note the names of entries of the contacts that have changed."""
         with self.guard:
@@ -1418,6 +1468,7 @@ COMMANDS = {
     'mistakes': Command('错图', '认错的测试图'),
     'runs': Command('记录', '最近几次训练，比一比'),
     'compare': Command('对比', '最近几次画在一张图里'),
+    'programs': Command('程序', '合用这个微信的有哪些程序'),
     'rollback': Command('回退', '回到最好的一轮'),
     'queue': Command('排队', '排队 lr 0.1, 0.05：一次接一次', more=' lr 0.1, 0.05'),
     'remind': Command('提醒', '提醒 test_acc > 0.9：到了就说', more=' test_acc > 0.9'),
@@ -1432,7 +1483,7 @@ COMMANDS = {
 }
 GROUPS = {  # of the help
     '训练': ('start', 'queue', 'stop', 'resume', 'rollback', 'restart'),
-    '查看': ('status', 'plot', 'mistakes', 'runs', 'compare', 'params'),
+    '查看': ('status', 'plot', 'mistakes', 'runs', 'compare', 'params', 'programs'),
     '打扰多少': ('report', 'quiet', 'remind', 'patience', 'cancel', 'allow'),
 }
 HELP = '\n'.join(
@@ -1591,8 +1642,52 @@ def parse(text: str) -> Parsed:
     return Parsed(commands, ''.join(lines[len(commands) :][:1]))
 
 
-def lines_of(text: str) -> list:
+ALL = '全部'  # the name that stands for all programs
+
+
+def share_out(text: str, names: Iterable) -> tuple:
+    """Read a message as parse() does, and give each program, by its name, the lines that are for it.
+
+    '' stands for the program that was spoken to last, None for the one with the login. A name holds until the
+    next one. From a line on that is almost a command nothing is given to anybody.
+
+    >>> share_out('@甲 lr x0.5\\n开始\\n全部 停止', ['甲'])[1], share_out('甲 今天吃什么', ['甲'])[1]
+    ({'甲': 'lr x0.5\\n开始', '全部': '停止'}, {})
+    """
+    if not names:
+        return parse(text), {'': text}
+    names = sorted({ALL, *names}, key=len, reverse=True)
+    pattern = '|'.join(map(re.escape, names))
+    named = re.compile(rf'@?\s*({pattern})["\'”’」』]?(?:[\s:,、]+(.*)|$)', re.I)
+    pairs, to, parts = [], '', {}
+    for line in lines_of(text, named):
+        said, found = understand(line), named.fullmatch(line)
+        if found and not (said and said.word) and (not found[2] or understand(found[2])):
+            to = next(name for name in names if re.fullmatch(re.escape(name), found[1], re.I))
+            line = found[2]
+            said = line and understand(line)
+        if line:
+            pairs.append((None if said and said.word in ('programs', 'allow') else to, line))
+    parsed = parse('\n'.join(line for _, line in pairs))
+    for to, line in pairs[: len(parsed.commands) + bool(parsed.almost)]:
+        parts[to] = f'{parts[to]}\n{line}' if to in parts else line
+    return parsed, parts
+
+
+def tidy(name: str) -> str:
+    """Return a program's name, 40 bytes at most, as it can be written in a message: letters, digits, '_.-'.
+
+    >>> tidy(' [实验] run#1 😻')
+    '实验 run 1'
+    """
+    name = re.sub(r'[^\w.-]+', ' ', unicodedata.normalize('NFKC', name)).strip(' .-')
+    return name.encode('utf-8', 'ignore')[:40].decode('utf-8', 'ignore').strip(' .-') or '程序'
+
+
+def lines_of(text: str, named: Optional[re.Pattern] = None) -> list:
     """Return the lines that count, without what phones add; none when there is too much of it.
+
+    `named` matches a line that begins with the name of a program: that is no mention of somebody.
 
     >>> lines_of('「A：停止」<br/>- - - - - -<br/>@小号\\u2005“开始”🚀\\n\\u200blr\\n0.1。')
     ['开始', 'lr 0.1']
@@ -1605,10 +1700,13 @@ def lines_of(text: str) -> list:
     if len(text) > LONGEST:
         return []
     text = ''.join(c for c in text if unicodedata.category(c) not in ('Cf', 'Mn', 'Me'))  # nothing to see
-    text = MENTION.sub('', text)
+    if not (named and named.match(unicodedata.normalize('NFKC', text).strip())):
+        text = MENTION.sub('', text)
     text = re.sub('[⁰¹²³⁴-⁹⁻]+', r'^\g<0>', text)  # or 10⁻³ would be 10-3, and 2⁷ 27
     text = unicodedata.normalize('NFKC', text)  # full-width to ASCII
-    text = re.sub(r'\n[\s=:,;、]*(?=[x*/×÷+−-]?[.。]?\d)', ' ', text)  # a number belongs to the line above
+    name = rf'(?!{named.pattern})' if named else ''
+    # A number belongs to the line above.
+    text = re.sub(rf'(?i)\n[\s=:,;、]*{name}(?=[x*/×÷+−-]?[.。]?\d)', ' ', text)
     text = re.sub(r'(?<=[^\W_])\s*(?:\[[^]\[\s\d]{1,10}\])+(?=\n|\Z)', '', text)  # [强]: WeChat's own emoji
     lines = [line for line in map(strip_ends, text.split('\n')) if line]
     return lines if len(lines) <= MOST_LINES else []
@@ -1878,6 +1976,7 @@ class Outbox:
         self.since = 0.0  # when the first of these was, by time.monotonic()
         self.due = 0  # when to try again, likewise
         self.late = False  # has something had to wait? Then it is merged
+        self.reported = -math.inf  # when the last report was sent, by time.monotonic()
 
 
 class Mail:
@@ -1888,11 +1987,13 @@ class Mail:
     """
 
     SCREENFUL, LONGEST = 4, 2000  # reports in a message; bytes in one: WeChat is said to take 2,048
+    PACE = 2  # seconds between reports to one person, where several programs share the account's limits
 
     def __init__(self):
         self.changed = threading.Condition(threading.RLock())
         self.outboxes = {}  # (Person, is it for pictures?) -> Outbox
         self.online = False  # is there a session to send in?
+        self.pace = 0  # seconds between this program's reports to one person
 
     def begin(self) -> None:
         """Take up what an earlier program has not sent, and begin to send."""
@@ -2002,9 +2103,11 @@ class Mail:
         """
         sent = [letter for letter in outbox.letters if letter.key in keys]
         outbox.letters = collections.deque(letter for letter in outbox.letters if letter.key not in keys)
+        if any(letter.kind == 'report' for letter in sent):
+            outbox.reported = time.monotonic()
         statements = [('DELETE FROM letter WHERE key = ?', letter.key) for letter in sent]
         if number:
-            statements.append(("INSERT OR IGNORE INTO message VALUES (?, 0, '', 0, 0, 0)", number))
+            statements.append(note_message(number))
         memory.write(*statements)
         outbox.tries, outbox.late = 0, outbox.late and bool(outbox.letters)
         return sent
@@ -2013,14 +2116,22 @@ class Mail:
         """Wait for an outbox from which something can be sent; return its person and it. Needs `changed`."""
         while True:
             boxes = [(p, o) for (p, kind), o in self.outboxes.items() if kind == pictures and o.letters]
-            person, outbox = min(boxes, key=lambda pair: pair[1].due, default=(None, None))
+            person, outbox = min(boxes, key=lambda pair: self.due(pair[1]), default=(None, None))
             now = time.monotonic()
-            if self.online and person is not None and outbox.due <= now:
+            if self.online and person is not None and self.due(outbox) <= now:
                 outbox.due = now  # those who wait longer come first
                 return person, outbox
             for _, each in boxes:
                 each.late |= not self.online
-            self.changed.wait(outbox.due - now if self.online and person is not None else None)
+            self.changed.wait(self.due(outbox) - now if self.online and person is not None else None)
+
+    def due(self, outbox: Outbox) -> float:
+        """Return when something may be sent from an outbox: reports alone keep the pace. Needs `changed`."""
+        paced = outbox.reported + self.pace
+        if paced <= outbox.due or any(letter.kind != 'report' for letter in outbox.letters):
+            return outbox.due
+        outbox.late |= paced > time.monotonic()
+        return paced
 
     def send(self, person: Person, letter: Letter) -> tuple:
         """Send a letter; return why it did not go, '' when it did, and the number of what comes back of it.
@@ -2111,11 +2222,21 @@ def send(person: Person, letter: Letter) -> tuple:
     if to is None:
         return '好友里找不到这个人', ''
     if letter.kind == 'picture':
-        answer = itchat.instance.send_image(letter.content, to)
+        answer = pass_on(programs.signature(), to, path=letter.content)
     else:
-        answer = itchat.instance.send_msg(printable(letter.content), to)
+        answer = pass_on(programs.signature(), to, printable(letter.content))
     problem = '' if answer else f'Ret {answer["BaseResponse"].get("Ret")}'
     return problem, str(answer.get('MsgID') or '')
+
+
+def pass_on(name: str, to: str, text: str = '', path: str = '') -> dict:
+    """Have the client send a text, or a picture, of the program with this name, if it needs one."""
+    sign = f'[{name}] ' if name else ''
+    if not path:
+        return itchat.instance.send_msg(sign + text, to)
+    if sign:
+        itchat.instance.send_msg(f'{sign}图片：', to)
+    return itchat.instance.send_image(path, to)
 
 
 def printed_letter(letter: Any) -> str:
@@ -2147,6 +2268,7 @@ class Client:
     def __init__(self):
         self.exit_signal = None  # Ctrl-C, SIGTERM or SIGHUP, once it has come
         self.signal_came = 0.0  # when, by time.monotonic()
+        self.hears_terminal = False  # is what is typed beside the chat taken in?
         self.interruptible = False  # is the main thread waiting for something that a signal may cut off?
         self.folder_lock = None
 
@@ -2205,6 +2327,13 @@ class Client:
             print_line('没有这个命令，“帮助”列出全部命令。\n')
         return number
 
+    def hear_terminal(self) -> None:
+        """Take in what is typed beside a chat from now on."""
+        # Else the terminal is that of an interpreter or a debugger, or is heard already.
+        if printer and os.isatty(0) and not self.hears_terminal:
+            self.hears_terminal, lines = True, self.typed_lines(ctrl_d_ends=False)
+            threading.Thread(target=self.obey_typed, args=(lines,), name='typed', daemon=True).start()
+
     def obey_typed(self, lines: queue.Queue) -> None:
         """Take in what is typed beside a chat: a thread of its own."""
         while (line := lines.get()) is not None:
@@ -2229,13 +2358,17 @@ class Client:
         self.folder_lock = lock_folder(0) or True
         memory.open()
         people.begin()
+        self.take_signals()
+        mail.begin()
+        trainer.begin()
+        warn_of_size()
+
+    def take_signals(self) -> None:
+        """Let the signals that end the program come to leave()."""
         signal.signal(signal.SIGTERM, self.leave)
         for number in (signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self.leave)
-        mail.begin()
-        trainer.begin()
-        warn_of_size()
 
     def leave(self, number: int, frame: Any) -> None:
         """The first signal ends the program in order, one that comes a second later or more at once.
@@ -2249,6 +2382,9 @@ class Client:
                 if printer:
                     printer.restore()
                 os._exit(128 + number)
+            return
+        if programs.stays_for_others(number, now - self.signal_came > 1):
+            self.signal_came = self.signal_came or now
             return
         self.exit_signal, self.signal_came = number, now
         if self.interruptible:
@@ -2264,6 +2400,11 @@ class Client:
             yield
         finally:
             self.interruptible = outside
+
+    def pause(self, failures: int) -> None:
+        """Wait longer after every failure."""
+        with self.waiting():
+            time.sleep(min(options.retry * 2 ** (failures - 1), 60))
 
     def end(self) -> None:
         """End the program: stop the run if a signal says so, deliver the last words, exit.
@@ -2652,7 +2793,7 @@ class WeChat(itchat.Core, Client):
         self.more = self.caught_up = False  # is there more to fetch? Has all come from before the program?
         self.seen = collections.deque(maxlen=10000)  # MsgIds: after a login the server may send them again
         self.echo = threading.Condition()
-        self.sending = None  # the text that WeChat has been given and has not answered yet
+        self.sending = []  # the texts that WeChat has been given and has not answered yet
         # MsgIds of what was sent; the text where the answer got lost.
         self.own = collections.deque(maxlen=1000)
         self.callbacks = ()
@@ -2677,7 +2818,7 @@ class WeChat(itchat.Core, Client):
             self.log_out_stored()
         trouble = ''
         with contextlib.suppress(SystemExit):  # of leave()
-            trouble = self.log_in()
+            trouble = self.reconnect() if trainer.session else self.log_in()
         if self.exit_signal is not None:
             self.end()
         if trouble:
@@ -3062,9 +3203,7 @@ class WeChat(itchat.Core, Client):
         What is typed in the terminal meanwhile is the owner's, and answered there.
         """
         failures = 0
-        if printer and os.isatty(0):  # else the terminal is that of an interpreter or a debugger
-            lines = self.typed_lines(ctrl_d_ends=False)
-            threading.Thread(target=self.obey_typed, args=(lines,), name='typed', daemon=True).start()
+        self.hear_terminal()
         with contextlib.suppress(SystemExit):  # of leave()
             while self.exit_signal is None:
                 try:
@@ -3085,11 +3224,6 @@ class WeChat(itchat.Core, Client):
                         say(f'微信断开了（{type(error).__name__}），训练不受影响；连上以后接着说。')
                     self.pause(failures)
         self.end()
-
-    def pause(self, failures: int) -> None:
-        """Wait longer after every failure."""
-        with self.waiting():
-            time.sleep(min(options.retry * 2 ** (failures - 1), 60))
 
     def reconnect(self) -> None:
         """Log in again until it works, or a signal comes."""
@@ -3187,21 +3321,22 @@ class WeChat(itchat.Core, Client):
     def send_raw_msg(self, msgType, content: str, toUserName: str) -> dict:
         """Send, and keep by what to know the message when it comes back; see is_own()."""
         with self.echo:
-            self.sending, mark = content, content
+            self.sending.append(content)
+        mark = content
         try:
             answer = super().send_raw_msg(msgType, content, toUserName)
             mark = str(answer.get('MsgID'))
             return answer
         finally:
             with self.echo:
-                self.sending = None
+                self.sending.remove(content)
                 self.own.append(mark)
                 self.echo.notify_all()
 
     def is_own(self, msg: dict) -> bool:
         """Return whether the program itself sent a message: from 文件传输助手 it comes back."""
         with self.waiting(), self.echo:
-            self.echo.wait_for(lambda: self.sending != msg['Text'])  # before that its MsgID is not known
+            self.echo.wait_for(lambda: msg['Text'] not in self.sending)  # before that its MsgID is not known
             for mark in (str(msg['MsgId']), msg['Text']):
                 if mark in self.own:
                     self.own.remove(mark)
@@ -3470,6 +3605,613 @@ class FileHelper(WeChat):
         entry = urllib.parse.urlsplit(self.loginInfo.get('url') or f'https://{self.entry}').hostname
         headers = {'mmweb_appid': self.app_id, 'Referer': f'https://{entry}/', 'Origin': f'https://{entry}'}
         request.headers.update(headers, **{'User-Agent': itchat.config.USER_AGENT})
+
+
+# ------------------------------------------------------------------------- several programs, one login
+
+MOST = 2**24  # bytes of a message between two programs
+LOST = 10  # seconds without a word after which a program counts as lost
+
+
+def meeting_point(carrier: str) -> str:
+    """Return where the program that has the login is found: a socket in a folder that is the user's alone.
+
+    Raises OSError; PermissionError when the folder is not.
+    """
+    base = os.environ.get('XDG_RUNTIME_DIR', '')
+    folder = os.path.join(base, 'wechat_train')
+    if not (os.path.isabs(base) and os.path.isdir(base) and is_own(os.stat(base))):
+        folder = os.path.expanduser(f'~/.wechat_train@{socket.gethostname()}')  # machines may share a home
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(0, f'{folder} 不是只有你能读写的文件夹')
+    proxy = requests.utils.get_environ_proxies('https://wx.qq.com').get('https', '')
+    way = f'-{hashlib.sha256(proxy.encode()).hexdigest()[:8]}' * bool(proxy)
+    return os.path.join(folder, f'{carrier.lower()}{way}.sock')
+
+
+@contextlib.contextmanager
+def short(path: str) -> Iterator:
+    """Yield another name of `path` where that is longer than the address of a socket may be."""
+    if len(os.fsencode(path)) < 100:
+        yield path
+        return
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f'/proc/self/fd/{folder}/{os.path.basename(path)}'
+    finally:
+        os.close(folder)
+
+
+def connect(path: str) -> socket.socket:
+    """Return a connection to a socket. Raises OSError: PermissionError if others could have put it there."""
+    folder = os.stat(os.path.dirname(path))
+    safe = is_own(folder) or folder.st_mode & stat.S_ISVTX
+    if not safe or not stat.S_ISSOCK(os.lstat(path).st_mode) or not is_own(os.lstat(path)):
+        raise PermissionError(0, f'{path} 不是套接字，或者别人能动它')
+    ours = socket.socket(socket.AF_UNIX)
+    try:
+        ours.settimeout(LOST)
+        with short(path) as name:
+            ours.connect(name)
+        if not peer_of(ours):
+            raise PermissionError(0, f'{path} 后面是别人的程序')
+        ours.settimeout(None)
+        return ours
+    except BaseException:
+        ours.close()
+        raise
+
+
+def peer_of(ours: socket.socket) -> int:
+    """Return the process at the other end of a connection, -1 where that is not told, 0 if it is not one's
+    own (or root's: a server of ssh)."""
+    if not hasattr(socket, 'SO_PEERCRED'):
+        return -1
+    pid, uid, _ = struct.unpack('3i', ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return (pid or -1) if uid in (os.getuid(), 0) else 0
+
+
+class Other:
+    """A program that speaks through this one's login. Changed by Programs alone, with its guard."""
+
+    def __init__(self, id: str, name: str, host: str):
+        self.id, self.name, self.host = id, name, host
+        self.line, self.turn = None, 0  # the connection, while there is one; the number that it gives it
+        self.local = False  # is it a process of this machine, which ends where the line ends?
+        self.heard = time.monotonic()  # when it was heard last
+        self.facts = {}  # what it has told of itself then
+        self.errands = {}  # id of a message -> (Person, text): given, not taken yet
+        self.person = None  # the key of who spoke to it last
+        self.room = threading.BoundedSemaphore(20)  # for what is being sent for it
+
+
+class Programs:
+    """The programs of one user that have one login, as the one that has it sees them: it carries their words.
+
+    Two have the same login when they are the same user's, on the same machine (or brought together by ssh),
+    and speak through the same carrier, web WeChat or 文件传输助手, by the same proxy, whoever may scan its
+    code: before that nobody knows the account. A folder whose memory knows another account has its own
+    login, as with --alone.
+
+    One thread accepts them, one for each listens to it, others send for them; the main thread brings the
+    messages that are for them. `guard` guards it all.
+    """
+
+    def __init__(self):
+        self.guard = threading.RLock()
+        self.name = ''  # of this one
+        self.others = {}  # name -> Other, of those that are there
+        self.left = {}  # id -> name, of those that were
+        self.spoken = {}  # Person -> the name of the program that he or she has spoken to last
+        self.path, self.identity = '', None  # of the socket, while this one has the login and serves
+        self.staying = 0  # the signal after which it has stayed for the others alone
+
+    # -- how they meet
+
+    def choose_client(self, carrier: type) -> Client:
+        """Return the client: the carrier itself, or the login of the program that is there already."""
+        self.name = tidy(options.name or os.path.basename(FOLDER))
+        if options.alone or options.logout:
+            return carrier()
+        try:
+            if options.chat:
+                path = os.path.join(FOLDER, os.path.expanduser(options.chat))
+                return Joined(carrier, connect(path), path)
+            ours = self.meet(carrier)
+        except OSError as error:
+            if options.chat:
+                sys.exit(f'--chat {options.chat}：{error.strerror or error}')
+            say(f'不和别的程序合用登录：{error.strerror or error}。')
+            return carrier()
+        return Joined(carrier, ours) if ours else carrier()
+
+    def meet(self, carrier: type) -> Optional[socket.socket]:
+        """Return a connection to the program that has the login, None when this one is to have it: it serves.
+
+        Raises OSError.
+        """
+        path = meeting_point(carrier.__name__)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
+        with open(os.open(f'{path}.lock', flags, 0o600)) as lock_file:  # two may begin at the same moment
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):  # the latter: a dead one's
+                return connect(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+            server = socket.socket(socket.AF_UNIX)
+            with short(path) as name:
+                server.bind(name)
+            os.chmod(path, 0o600)
+            server.listen(100)
+            self.path, self.identity = path, os.lstat(path)
+        threading.Thread(target=self.accept, args=(server,), name='accept', daemon=True).start()
+        return None
+
+    def close(self) -> None:
+        """Remove the socket, if it is this program's."""
+        with contextlib.suppress(OSError):
+            if self.path and os.path.samestat(os.lstat(self.path), self.identity):
+                os.remove(self.path)
+
+    def accept(self, server: socket.socket) -> None:
+        """Take in those that come: a thread."""
+        while True:
+            try:
+                ours, _ = server.accept()
+                threading.Thread(target=self.listen, args=(ours,), daemon=True).start()
+            except OSError:  # too many open files
+                time.sleep(1)
+
+    def take_over(self, state: dict) -> None:
+        """This program has the login from now on: tell it, and wait for those that spoke through it.
+
+        Needs the guard.
+        """
+        gone, self.name = state.get('chat', '有登录的程序'), state.get('name', self.name)
+        say(f'{visible(gone)} 没有了，训练不受影响；自己登录。')
+        known = state.get('programs', ())
+        self.others = {name: Other(id, name, host) for id, name, host in known if name != self.name}
+        self.left[gone] = gone
+        self.note_change()
+        if trainer.session:
+            text = f'{gone} 没有了，现在由 {self.name} 登录（主机 {socket.gethostname()}）。'
+            mail.put(*((person, text) for person in people.audience(None, owner=True)))
+
+    # -- what they say
+
+    def listen(self, ours: socket.socket) -> None:
+        """Do what another program says until its end: a thread for each. Rubbish ends it, too."""
+        peer, other = peer_of(ours), None
+        line = Line(ours.detach(), waits=False)
+        try:
+            while peer and (message := line.receive(most=MOST)) is not None:
+                do = message.pop('do')
+                if do == 'beat':
+                    other = self.beat(other, line, peer, **message)
+                elif do == 'send':
+                    words = [message.get(name, '') for name in ('to', 'text', 'path', 'content')]
+                    if not other.room.acquire(blocking=False):
+                        raise ConnectionError('too much at once')
+                    how = other, line, message['n'], *map(str, words)
+                    threading.Thread(target=self.send, args=how, daemon=True).start()
+                elif do == 'taken':
+                    other.errands.pop(message['id'], None)
+                elif do == 'bye':
+                    self.leave(other, '结束了')
+                else:
+                    raise ValueError(do)
+        except Exception as error:
+            say(f'{other.name if other else "一个程序"}送来的看不懂（{type(error).__name__}），断开了。')
+        line.cut()
+        with self.guard:
+            if other and other.line is line:
+                other.line = None
+                if other.local:
+                    self.leave(other, '没有了，没有说再见')
+        line.close()
+
+    def beat(self, other: Optional[Other], line: Line, peer: int, id: str, turn: int, **how: Any) -> Other:
+        """It lives, and says how far it is; answer with what it has to know. The first is its greeting."""
+        facts = {'what': how['what'][:80], 'far': how['far'][:80], 'silent': float(how['silent'])}
+        with self.guard:
+            new = other is None
+            if new:
+                other = self.admit(str(id), int(turn), how['name'], visible(how['host'])[:40])
+                other.line = line
+                other.local = how['host'] == socket.gethostname() and peer == how['pid']
+            elif other.line is not line or line.waiting.qsize() > 1000:
+                raise ConnectionError('replaced, or it does not read')
+            other.heard, other.facts = time.monotonic(), facts
+            line.send('state', **self.state(other))
+            for number in other.errands if new else ():
+                self.deliver(other, number)
+        return other
+
+    def admit(self, id: str, turn: int, name: str, host: str) -> Other:
+        """Return the program with this id, a new one if there is none. Needs the guard."""
+        for other in self.others.values():
+            if other.id == id:
+                if other.line and turn < other.turn:  # they may be read in another order than they began
+                    raise ConnectionError('replaced')
+                if other.line:
+                    other.line.cut()
+                other.turn = turn
+                return other
+        name = tidy(name)
+        taken = {taken.casefold() for taken in (self.name, *self.others, ALL)}
+        names = (f'{name}{"-" * name[-1].isdigit()}{i}' for i in itertools.count(2))
+        name = next(each for each in itertools.chain([name], names) if each.casefold() not in taken)
+        other = self.others[name] = Other(id, name, host)
+        other.turn = turn
+        back = self.left.pop(id, None)
+        text = f'{name}（主机 {host}）{"又连上了" if back else "也用这个微信了"}。'
+        say(visible(text))
+        if back:
+            mail.put(*((person, text) for person in people.audience(None, owner=True)))
+        self.note_change()
+        return other
+
+    def state(self, other: Other) -> dict:
+        """Return what another program has to know, in a form that JSON can write. Needs the guard."""
+        client, about = itchat.instance, {'name': other.name, 'chat': self.name, 'local': other.local}
+        if not getattr(client, 'logins', 0):
+            return {**about, 'account': None}
+        about['session'] = client.hotReloadDir if other.local and client.useHotReload else ''
+        about['programs'] = [(each.id, each.name, each.host) for each in self.others.values()]
+        about['account'] = [client.storageClass.nickName]
+        return {**about, 'people': people.facts(), 'owner': memory.get('owner'), 'online': mail.online}
+
+    def send(self, other: Other, line: Line, n: Any, to: str, text: str, path: str, content: str) -> None:
+        """Send something for another program, and tell it what has become of that: a thread for each."""
+        ret, number = -1, ''
+        try:
+            with contextlib.ExitStack() as stack:
+                if content:
+                    picture = stack.enter_context(tempfile.NamedTemporaryFile(suffix='.png'))
+                    picture.write(base64.b64decode(content))
+                    picture.flush()
+                if mail.online and (other.local or not path):
+                    answer = pass_on(other.name, to, text, picture.name if content else path)
+                    ret, number = answer['BaseResponse'].get('Ret'), str(answer.get('MsgID') or '')
+        except Exception as error:  # as in Mail.send()
+            ret = type(error).__name__
+        other.room.release()
+        line.send('sent', n=n, ret=ret, number=number)
+
+    def leave(self, other: Other, why: str) -> None:
+        """A program is not there any more: tell those who hear of it."""
+        with self.guard:
+            if self.others.get(other.name) is not other:
+                return
+            del self.others[other.name]
+            self.left[other.id] = other.name
+            text = f'{other.name} {why}（主机 {other.host}）。'
+            say(visible(text))
+            mail.put(*((person, text) for person in people.audience(other.person, owner=True)))
+            for person, words in other.errands.values():
+                mail.put((person, f'“{words[:20]}”：{other.name} 还没有说收到。'))
+            self.note_change()
+            if self.staying and not self.others:
+                trainer.do_signal(self.staying)
+
+    def check(self) -> None:
+        """Tell who has not been heard for long: the watching thread calls it every second."""
+        with self.guard:
+            for other in list(self.others.values()):
+                if time.monotonic() - other.heard > LOST:
+                    if other.line:
+                        other.line.cut()
+                    self.leave(other, f'断开 {LOST} 秒了，连上以后接着说')
+        if self.path and not os.path.lexists(self.path):  # as at the end of a user's last session
+            with contextlib.suppress(OSError):
+                if ours := self.meet(type(itchat.instance)):
+                    ours.close()
+
+    def note_change(self) -> None:
+        """Share the account's limits among those that are there, and tell them who is. Needs the guard."""
+        mail.pace = Mail.PACE * (len(self.others) + 1) if self.others else 0
+        for other in self.others.values():
+            if other.line:
+                other.line.send('state', **self.state(other))
+
+    # -- what the chat says
+
+    def names(self) -> set:
+        """Return how a message may name a program; nothing while there has only been one."""
+        with self.guard:
+            return {self.name, *self.others, *self.left.values()} if self.others or self.left else set()
+
+    def signature(self) -> str:
+        """Return what stands in brackets before what this program says; '' if there is only one."""
+        return self.name if self.others else ''
+
+    def hand_out(self, number: str, person: Person, parts: dict, old: bool, typed: bool) -> None:
+        """Have what share_out() returns carried out, by each program what is for it.
+
+        What is old, or was typed in this one's terminal, is for this one.
+        """
+        shares, answers = {}, []
+        with self.guard:
+            for to, text in parts.items():
+                here = old or typed and not to
+                targets = [self.name] if here else self.targets(person, to, text)
+                answers += [self.ask_back(to, text)] * (not targets)
+                for name in targets:
+                    shares[name] = f'{shares[name]}\n{text}' if name in shares else text
+            own = shares.pop(self.name, '')
+            for name, text in shares.items():
+                self.others[name].errands[number] = person, text
+                self.others[name].person = person.key
+                self.deliver(self.others[name], number)
+        if self.staying and own and None not in parts:
+            own, answers = '', [*answers, f'{self.name} 的训练结束了，它只替别的程序传话。']
+        if answers or not own:
+            mail.put(*((person, answer) for answer in answers), also=[note_message(number)] * (not own))
+        if own:
+            trainer.accept(Order(number, person, own, typed=typed), parse(own), old)
+
+    def targets(self, person: Person, to: Optional[str], text: str) -> list:
+        """Return the names of the programs that a part of a message is for; none: ask. Needs the guard."""
+        present, last = [self.name, *self.others], self.spoken.get(person)
+        if to is None:  # 程序, 允许
+            return [self.name]
+        if to == ALL:
+            self.spoken.pop(person, None)
+            return present
+        if to:
+            self.spoken.update({person: to} if to in present else {})
+            return [to] if to in present else []
+        if last in present or last is None and len(present) == 1:
+            return [last or self.name]
+        everybody = {said.word for said in parse(text).commands} <= {'status', 'runs', 'params', 'help'}
+        return present if everybody else []
+
+    def ask_back(self, to: str, text: str) -> str:
+        """Return the answer to a command that is for nobody. Needs the guard."""
+        gone = f'{to} 不在了，' if to else ''
+        names = '、'.join([self.name, *self.others])
+        text = text.split('\n')[0][:20]
+        return f'{gone}“{text}”没有执行。要哪一个？{names}：例如“{self.name} {text}”，或“{ALL} {text}”。'
+
+    def deliver(self, other: Other, number: str) -> None:
+        """Give another program its part of a message; without a line it waits for that. Needs the guard."""
+        if other.line:
+            person, text = other.errands[number]
+            other.line.send('state', **self.state(other))  # the person may be new
+            other.line.send('order', id=number, text=text, user_name=person.user_name)
+
+    def listed(self) -> str:
+        """Return what there is to say of each program, in lines."""
+        with self.guard:
+            others = [(o.name, o.host, o.facts, time.monotonic() - o.heard) for o in self.others.values()]
+        lines = []
+        for name, host, facts, unheard in [(self.name, socket.gethostname(), trainer.facts(), 0), *others]:
+            line = f'{name}（主机 {host}）：{facts.get("what", "")}，{facts.get("far", "还没有回音")}'
+            if unheard > 3:
+                line += f'，{duration(unheard)}没有回音'
+            elif facts.get('silent'):
+                line += f'，最近的动静在 {duration(facts["silent"] + unheard)}前'
+            lines.append(line)
+        return '\n'.join(lines)
+
+    # -- when it ends
+
+    def stays_for_others(self, number: int, later: bool) -> bool:
+        """Return whether a signal ends the training alone, not yet the login: others speak through it.
+
+        Called in the handler of the signal: it must not wait for a lock.
+        """
+        if self.staying:
+            return not later and not trainer.signal
+        if self.others and trainer.session:
+            self.staying = number
+            threading.Thread(target=self.stay, daemon=True).start()
+        return bool(self.staying)
+
+    def stay(self) -> None:
+        """End the training; the login stays: a thread."""
+        names = '、'.join(map(visible, list(self.others)))
+        say(f'{names} 还用着这个微信：训练停下，登录留着。再按一次 Ctrl-C 才结束，它们会自己登录。')
+        countdown.cancel()
+        trainer.end(stop=True)
+
+
+class Joined(Client):
+    """The login of another program in WeChat's place: what is said and heard goes through that one.
+
+    The main thread waits for what concerns the login itself; one listens to the other program, one tells it
+    every second how far this one is. The mail's threads call send_msg() and send_image().
+    """
+
+    def __init__(self, carrier: type, ours: socket.socket, path: str = ''):
+        super().__init__()
+        self.carrier, self.path = carrier, path  # what logs in if need be; of --chat
+        self.first = ours
+        self.line, self.turn, self.id = None, 0, os.urandom(8).hex()
+        self.state = {}  # what the other one has told, see Programs.state()
+        self.news = queue.SimpleQueue()  # for the main thread: 'in', 'gone', 'another account'
+        self.heard = 0.0  # when the other one was heard last, by time.monotonic()
+        self.lost = False  # has it been told that it is lost?
+        self.failures = 0  # connections in a row that have come to nothing
+        self.calls, self.numbers = {}, itertools.count()  # number of what is sent -> where its answer goes
+
+    def auto_login(self, **how: Any) -> None:
+        """Begin, and wait until the other one is logged in; log in instead of it if it ends before."""
+        self.begin()
+        self.how, joined = how, True
+        with contextlib.suppress(SystemExit), self.waiting(), waiting_for('在等另一个程序登录'):
+            self.join(self.first)
+            while joined and not self.state.get('account'):
+                joined = self.attend()
+        if self.exit_signal is not None:
+            self.end()
+        if not joined:
+            return self.succeed()
+        say(f'合用 {visible(self.state["chat"])} 的微信，这个程序在那里叫 {visible(self.state["name"])}。')
+        if options.supervisor:
+            say('--supervisor 不算：谁可以下命令，由有登录的程序决定。')
+        if 'loginCallback' in how.get('callbacks', ()):
+            trainer.line.send('call_back', name='loginCallback', how={})
+
+    def run(self) -> None:
+        """Speak through the other one until a signal comes; log in when that one is gone."""
+        self.hear_terminal()
+        joined = True
+        with contextlib.suppress(SystemExit):
+            while joined and self.exit_signal is None:
+                joined = self.attend()
+        if joined:
+            self.end()
+        self.succeed()
+        itchat.instance.run()
+
+    def succeed(self) -> None:
+        """Log in in the place of the one that is gone, with its stored session first."""
+        client = self.carrier()
+        client.folder_lock, client.exit_signal = self.folder_lock, self.exit_signal
+        client.hears_terminal = self.hears_terminal
+        client.take_signals()
+        session = self.state.get('session')
+        use_client(client)
+        client.auto_login(**{**self.how, **({'statusStorageDir': session} if session else {})})
+
+    def attend(self) -> bool:
+        """Wait for news, and do what they ask for; return False when this program is to log in itself."""
+        with self.waiting():
+            news = self.news.get()
+        if news == 'another account':
+            say('这个文件夹以前用的是另一个微信账号：自己登录。')
+            return False
+        return news == 'in' or self.meet_again()
+
+    def meet_again(self) -> bool:
+        """Reach the other one again, or the one that has the login now; return False if nobody has it."""
+        mail.set_online(False)
+        while True:
+            if self.failures and not self.path or self.failures > 1:
+                self.pause(min(self.failures, 4))
+            self.failures += 1
+            if not self.lost and time.monotonic() - self.heard > LOST:
+                self.lost = True
+                say(f'和有登录的程序断开 {LOST} 秒了，训练不受影响；连上以后接着说。')
+            with contextlib.suppress(OSError), programs.guard:  # who comes then waits until it is taken over
+                ours = connect(self.path) if self.path else programs.meet(self.carrier)
+                if ours is None:
+                    programs.take_over(self.state)
+                    return False
+                self.join(ours)
+                return True
+
+    def join(self, ours: socket.socket) -> None:
+        """Begin to speak on a connection."""
+        self.line = line = Line(ours.detach(), waits=False)
+        self.turn += 1
+        self.heard = self.heard or time.monotonic()
+        threading.Thread(target=self.listen, args=(line,), daemon=True).start()
+        threading.Thread(target=self.beat, args=(line,), daemon=True).start()
+
+    def beat(self, line: Line) -> None:
+        """Tell every second how far this program is, as long as the other one answers: a thread."""
+        never, since = threading.Event(), time.monotonic()
+        name = self.state.get('name') or programs.name
+        about = {'id': self.id, 'turn': self.turn, 'name': name, 'host': socket.gethostname()}
+        while self.line is line:
+            line.send('beat', **about, pid=os.getpid(), **trainer.facts())
+            never.wait(1)
+            if time.monotonic() - max(since, self.heard) > LOST:
+                line.cut()
+
+    def listen(self, line: Line) -> None:
+        """Do what the other one says until its end: a thread."""
+        with contextlib.suppress(ValueError, RecursionError):  # of what is no JSON
+            while (message := line.receive(most=MOST)) is not None:
+                self.heard = time.monotonic()
+                try:
+                    getattr(self, 'do_' + message.pop('do'))(**message)
+                except Exception:
+                    print_traceback()
+        self.line = None  # before the answers: who sends from now on sees it
+        line.cut()
+        line.close()
+        for answers in list(self.calls.values()):
+            answers.put((-1, ''))
+        self.news.put('gone')
+
+    def do_state(self, **state: Any) -> None:
+        """The other one tells who may command, and whether it is logged in."""
+        if self.lost:
+            say('又连上了。')
+        if self.state.get('chat', state['chat']) != state['chat']:
+            say(visible(f'{self.state["chat"]} 没有了，训练不受影响；现在合用 {state["chat"]} 的微信。'))
+        self.lost, self.failures = False, 0
+        account, known = state['account'], memory.get('account')
+        if account and known and not set(account) & set(known):
+            self.line.cut()
+            return self.news.put('another account')
+        if account:
+            if not known:
+                memory.write(set_setting('account', account))
+            if state['owner'] and not memory.get('owner'):  # as People.permit() has it
+                memory.write(set_setting('owner', True))
+            people.believe(state['people'])
+            mail.pace = Mail.PACE * (len(state['programs']) + 1)
+            if not self.state.get('account'):
+                self.news.put('in')
+            if mail.online != state['online']:
+                mail.set_online(state['online'])
+        self.state = {**self.state, **state}
+
+    def do_order(self, id: str, text: str, user_name: str) -> None:
+        """A message is for this program, of somebody who may command: the other one has decided that."""
+        person, parsed = people.known[user_name], parse(text)
+        if trainer.ending:
+            return
+        if parsed and not memory.rows('SELECT 1 FROM message WHERE id = ?', id):
+            self.log(f'{visible(person.name)}：{visible(text)}')
+            trainer.accept(Order(id, person, text), parsed, False)
+        self.line.send('taken', id=id)
+
+    def do_sent(self, n: int, ret: Any, number: str) -> None:
+        """The answer to ask()."""
+        self.calls.pop(n).put((ret, number))
+
+    def ask(self, **message: str) -> ReturnValue:
+        """Have the other one send something; return what has become of that."""
+        n, answers = next(self.numbers), queue.SimpleQueue()
+        self.calls[n] = answers
+        line = self.line
+        if line:
+            line.send('send', n=n, **message)
+        ret, number = answers.get() if line else (-1, '')
+        self.calls.pop(n, None)
+        return ReturnValue({'BaseResponse': {'Ret': ret, 'ErrMsg': ''}, 'MsgID': number})
+
+    def send_msg(self, msg: str = '', toUserName: Optional[str] = None) -> dict:
+        """Have a text sent, of a million characters at most."""
+        return self.ask(to=toUserName, text=str(msg)[: 10**6])
+
+    def send_image(self, fileDir: Optional[str] = None, toUserName: Optional[str] = None, *args) -> dict:
+        """Have a picture sent: its path, its bytes to another machine, a text where these are too many."""
+        path = os.path.abspath(fileDir)
+        if self.state.get('local'):
+            return self.ask(to=toUserName, path=path)
+        with open(path, 'rb') as f:
+            content = base64.b64encode(f.read(MOST)).decode()
+        if len(content) > MOST - 1000:
+            return self.send_msg(Letter(path, 'picture').text(), toUserName)
+        return self.ask(to=toUserName, content=content)
+
+    def end(self) -> None:
+        """End the program, and say so to the other one."""
+        try:
+            super().end()
+        finally:
+            if self.line:
+                self.line.send('bye')
+                self.line.close()
 
 
 # ------------------------------------------------------------------------------ the training process
@@ -3846,9 +4588,7 @@ class Trainer:
     def where(self) -> list:
         """Return where the run was and what is kept of it, in lines. Needs the guard."""
         at = place.read()
-        lines = [f'那时完成 {at["epochs"]:.0f}/{at["length"]:.0f} 轮'] if at['phase'] else []
-        if at['phase'] and at['batch']:
-            lines[0] += '，' + place_in_words(at['epochs'], at['batch'], at['batches'])
+        lines = ['那时' + so_far(at)] if at['phase'] else []
         if self.run.get('checkpoint'):
             lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
         return lines
@@ -3957,7 +4697,7 @@ class Trainer:
 
     def hear(self, msg: dict) -> bool:
         """Accept a command; return False when a message is none, or nobody's who could command."""
-        parsed = parse(msg['Text'])
+        parsed, parts = share_out(msg['Text'], programs.names())
         person = people.writer(msg) if parsed else None
         if person is None or any(said.word == 'allow' for said in parsed.commands) and person is not OWNER:
             return False
@@ -3971,7 +4711,7 @@ class Trainer:
         if not people.permit(person, text, old):
             itchat.instance.log(f'{name} 不能下命令')
             return True
-        self.accept(Order(msg['MsgId'], person, msg['Text'], typed='Typed' in msg), parsed, old)
+        programs.hand_out(msg['MsgId'], person, parts, old, 'Typed' in msg)
         return True
 
     def accept(self, order: Order, parsed: Parsed, old: bool) -> None:
@@ -4041,6 +4781,8 @@ class Trainer:
             if said.more in (None, '清空'):
                 return what.clear() if said.more else what.text()
             return what.add(said.more, person, *row)
+        if said.word == 'programs':
+            return programs.listed()
         if said.word == 'status' and self.state is not State.READY:
             return self.status_without_it()
         if said.word == 'runs':
@@ -4150,6 +4892,16 @@ class Trainer:
             if self.run.get('checkpoint'):
                 lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
         return '\n'.join([*lines, self.values(), f'主机 {socket.gethostname()}'])
+
+    def facts(self) -> dict:
+        """Return what 程序 tells of this program: what it runs, how far, how long nothing was done."""
+        at, last = place.read(), self.run.get('how_far')
+        states = {State.STARTING: '训练的进程正在启动', State.GONE: '训练的进程没有在运行'}
+        idle = '空闲' + f'，上次{last}' * bool(last)
+        going = Phase.LOADING <= at['phase'] <= Phase.ENDING
+        far = states.get(self.state) or (so_far(at) if going else idle)
+        silent = time.monotonic() - at['last_step'] if going else 0
+        return {'what': os.path.basename(SCRIPT or FOLDER), 'far': far, 'silent': silent}
 
     def values(self) -> str:
         """Return the three values for the next run, in words."""
@@ -4331,6 +5083,7 @@ class Trainer:
                 noted = time.time()
                 memory.write(set_setting('alive', noted))
             memory.settle()
+            programs.check()
             with self.guard:
                 text = self.news() if self.state is State.READY else ''
                 if text:
@@ -4353,11 +5106,11 @@ class Trainer:
         at = place.read()
         silence = time.monotonic() - at['last_step']
         usual = (at['last_step'] - at['epoch_began']) / max(at['batch'] - at['epoch_from'], 1)
+        going = Phase.LOADING <= at['phase'] <= Phase.ENDING
+        self.silent &= going
         if self.silent and silence < 10 * usual + 1:
             self.silent = False
-            batch = f'，{place_in_words(at["epochs"], at["batch"], at["batches"])}' if at['batch'] else ''
-            return f'又接着算了：完成 {at["epochs"]:.0f}/{at["length"]:.0f} 轮{batch}'
-        going = Phase.LOADING <= at['phase'] <= Phase.ENDING
+            return f'又接着算了：{so_far(at)}'
         if self.silent or not going or silence <= max(options.silence, 10 * usual):
             return ''
         self.silent = True
@@ -4533,6 +5286,11 @@ def done(number: str) -> tuple:
     return 'UPDATE message SET waiting = 0 WHERE id = ?', number
 
 
+def note_message(number: str) -> tuple:
+    """Return the statement that remembers that a message has come that is not this program's to answer."""
+    return "INSERT OR IGNORE INTO message VALUES (?, 0, '', 0, 0, 0)", number
+
+
 def forget_messages() -> list:
     """Return the statement that forgets all but the last ten thousand messages."""
     return [('DELETE FROM message WHERE rowid < (SELECT max(rowid) FROM message) - 10000',)]
@@ -4636,9 +5394,9 @@ def talk() -> None:
         how = trainer.requests.get()
         if how is not None:
             client = Silent() if options.join else Terminal() if options.console or options.demo else None
-            client = client or (FileHelper() if options.filehelper else WeChat())
-            use_client(client)
-            client.auto_login(**how)
+            use_client(client or programs.choose_client(FileHelper if options.filehelper else WeChat))
+            itchat.instance.auto_login(**how)
+            client = itchat.instance  # another one where the program with the login has gone meanwhile
             with client.waiting():
                 trainer.open_session()
                 how = trainer.requests.get()
@@ -4653,6 +5411,7 @@ def talk() -> None:
         print_traceback()
         status = 1
     trainer.dismiss(status)
+    programs.close()
     memory.close()
     if printer:
         printer.close()
@@ -4674,6 +5433,7 @@ if TALKS:
     silence_logging()
     make_streams_safe()
     memory, people, mail, countdown, trainer = Memory(), People(), Mail(), Countdown(), Trainer()
+    programs = Programs()
     printer = None
     if role:  # the one that trains has started it, and prints
         place = Place(int(role_words[1]))
@@ -4833,6 +5593,10 @@ def read_options(argv: Optional[list], parse: Callable) -> argparse.Namespace:
         learning_rate = DEMO_LEARNING_RATE
     if not all(map(canonical, options.supervisor)):
         parser.error('--supervisor：名字是空的')
+    if options.name is not None and (not options.name.strip() or tidy(options.name) == ALL):
+        parser.error(f'--name：不能是空的，也不能叫“{ALL}”')
+    if options.chat and options.alone:
+        parser.error('--chat 和 --alone 不能一起写')
     if options.trace:
         try:
             open(options.trace, 'a', opener=functools.partial(os.open, mode=0o600)).close()
@@ -8172,9 +8936,9 @@ class Commands:
     def alone(self, asked: Asked) -> str:
         """Say that a command is the talking process's, which carries it out only by itself."""
         self.wrong = True
-        return '“重启”“取消”“允许”“排队”“提醒”请单独发一条。'
+        return '“重启”“取消”“允许”“程序”“排队”“提醒”请单独发一条。'
 
-    cancel = restart = allow = queue = remind = alone
+    cancel = restart = allow = programs = queue = remind = alone
 
 
 def is_busy() -> str:
