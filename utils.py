@@ -4971,7 +4971,7 @@ class Trainer:
             self.sent.pop(id, None)
             letters = [Letter(**letter) for letter in letters]
             queued = order is not None and order.known is not None
-            item = self.queue.current if queued and order.text == '开始' else None
+            begins = queued and order.text == '开始' and self.queue.current
             if run.get('begun') and countdown.cancel() and letters:
                 letters[0] = letters[0]._replace(content=f'{letters[0].content}\n（“{options.then}”已取消）')
             if order is not None:
@@ -4980,7 +4980,7 @@ class Trainer:
                     self.saved &= 'begun' not in run
                     self.run = {**({} if 'begun' in run else self.run), **run}
                     also.append(self.run_row())
-                if item:
+                if begins:
                     self.queue.took(run)
                     letters, also = letters * bool(run), [*also, self.queue.statement()]
                 keys = self.reply(order, letters, also) if not queued else []
