@@ -8194,10 +8194,8 @@ def draw_curve(
     words, marks = labels_of(marks, end), list(marks)
     lanes = 1 + max((lane for lane, _, _ in words), default=-1)
     heights = [0.25 * lanes] * bool(lanes) + [2.85] * (1 + measured) + [1.7] * len(own)
-    label = [in_picture(name)] + [in_picture(f'排队 {queued}', f'queue {queued}')] * bool(queued)
-    label = '  '.join(filter(None, label))
-    figure = Figure(figsize=(5, 0.8 + 0.25 * bool(label) + sum(heights)), dpi=160, layout='constrained')
-    title = label + '\n' * bool(label) + curve_title(rows, measured, data)
+    title = label_in_picture(name, queued) + curve_title(rows, measured, data)
+    figure = Figure(figsize=(5, 0.8 + 0.25 * title.count('\n') + sum(heights)), dpi=160, layout='constrained')
     figure.suptitle(title, fontproperties=font(13))
     panels = list(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     if lanes:
@@ -8251,6 +8249,12 @@ def draw_comparison(path: str, runs: list, losses: bool = False) -> None:
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc='outside lower left', prop=font(12), frameon=False)
     figure.savefig(path, format='png')
+
+
+def label_in_picture(name: str, queued: str) -> str:
+    """Return a line with what a run is called, if it is called anything that a picture can say."""
+    words = [in_picture(name)] + [in_picture(f'排队 {queued}', f'queue {queued}')] * bool(queued)
+    return '  '.join(filter(None, words)) + '\n' * any(words)
 
 
 def curve_title(rows: np.ndarray, measured: bool, data: str) -> str:
