@@ -7094,7 +7094,7 @@ class ChatHandler(
             with lock:
                 run.training_iters = estimator.max_epoch
         if estimator.max_epoch:
-            estimator.max_epoch = None  # before the StoppingHandler sees it
+            estimator.max_epoch = LIMITS['training_iters'][2]  # before the StoppingHandler sees it
 
     def epoch_begin(self, estimator: Any, *args, **kwargs) -> None:
         """An epoch begins."""

@@ -1,26 +1,22 @@
-"""Draw the README's pictures, or print a conversation: python .ci/pictures.py [--text]
+"""Draw the README's picture and write the conversation: python .ci/pictures.py [--text]
 
 The real program trains and talks with the WeChat server of the tests on loopback, as 文件传输助手. What
-both said, in the order in which the server saw it, is drawn as it looks on a phone and saved as
-.github/conversation.png, the last curve as .github/curve.png; --text prints it instead. Drawing takes
-headless Chromium and a Chinese font: apt-get install chromium fonts-noto-cjk
+both said, in the order in which the server saw it, becomes .github/conversation.md, its beginning the phone
+of .github/conversation.png, the last curve .github/curve.png; --text prints it and writes nothing. Needs a
+Chinese font: apt-get install fonts-noto-cjk
 """
 
 import argparse
-import base64
-import html
 import io
 import os
 import re
-import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from typing import NamedTuple, Union
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -41,16 +37,16 @@ class Step(NamedTuple):
 
 
 STEPS = [
-    Step('lr 0.02, ti 6, bs 4', '批量 bs = 4'),
-    Step('早停 3', '早停 0'),
-    Step('开始', '第 1/6 轮'),
-    Step('状态', '主机'),
-    Step('lr x0.5', '批量 bs = 4', 0),
-    Step('错图', '图片'),
-    Step('报告 3', '好，每 3 轮'),
-    Step('停止', '训练已停止'),
+    Step('报告 3\nti 10 bs 16', '批量 bs = 16'),
+    Step('lr 0.1', '批量 bs = 16'),  # the picture begins
+    Step('开始', '第 3/10 轮'),
+    Step('状态', '主机', 0.3),
+    Step('曲线', '图片', 0.3),  # the picture ends
+    Step('lr x0.5', '批量 bs = 16'),
+    Step('错图', '图片', 0),
+    Step('早停 5', '早停 0'),
+    Step('停止', '训练已停止.*图片', 0.3),
     Step('回退', '回到了'),
-    Step('帮助', '【设值】'),
     Step('安静', '报告 1'),
     Step('继续', '训练完成.*图片'),
     Step('记录', '★'),
@@ -60,15 +56,16 @@ OWN = """
 import time, utils, itchat, wechat_train
 
 def chat_inf(*args, chat_inf=utils.chat_inf):
-    chat_inf(*args, error=1 - args[-1])  # a number of one's own
-    if args[1] == 3:
-        utils.chat_send('第 3 轮过了，去看看错图。')  # words of one's own
+    chat_inf(*args)
+    if args[1] == 5:
+        utils.chat_send('第 5 轮过了，去看看错图。')  # words of one's own
 
 def batch_loss(loss, batch_loss=utils.batch_loss):
-    if (utils.run.epochs, utils.run.batch) == (4, 100):
-        time.sleep(7)  # it stands still
+    if utils.run.resumed and utils.run.walk.done == 100 and not stood:
+        stood.append(time.sleep(7))  # it stands still, once
     return batch_loss(loss)
 
+stood = []
 utils.chat_inf, utils.batch_loss = chat_inf, batch_loss
 utils.options.silence = 5  # seconds instead of five minutes
 utils.chat_supervisor(wechat_train.nn_train)
@@ -149,76 +146,88 @@ def images(folder: str) -> str:
 
 
 def as_text(talk: list) -> str:
-    """Return the messages as the README prints a conversation."""
+    """Return the messages as .github/conversation.md has them."""
     lines = [('我：' if m.mine else '    → ') + m.text().replace('\n', '\n      ') for m in talk]
     return '\n'.join(lines)
 
 
 # ------------------------------------------------------------------------------------------ the drawing
 
-WIDTH, HEIGHT, SCALE = 820, 848, 2  # CSS pixels, and pixels in each; two phones side by side
+SCALE = 2  # pixels in each of the phone's own, in which the sizes here are
+WIDTH, EDGE, FACE, GAP, PAD = 400, 10, 34, 7, 8
+TEXT, LINE = 14, 18  # height of the letters, of a line
+BUBBLE, PICTURE = 305, 230  # the widest
 LARGEST = 150_000  # bytes of a PNG
-OPTIONS = (
-    '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-    '--disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=%d' % SCALE
-).split() + ['--host-resolver-rules=MAP * ~NOTFOUND']
-PAGE = """<!DOCTYPE html><html lang="zh-CN"><meta charset="utf-8"><style>
-* { box-sizing: border-box; margin: 0 }
-body { display: flex; justify-content: space-between; width: 820px; height: 848px; background: #fff;
-  font: 15px/20px "Noto Sans CJK SC", sans-serif; color: #191919 }
-.phone { width: 398px; background: #ededed; border: 1px solid #d0d0d0; border-radius: 18px }
-header { display: flex; align-items: center; justify-content: space-between; height: 44px; padding: 0 12px;
-  border-bottom: 1px solid #dadada; font-size: 16px }
-svg { width: 24px; height: 24px; fill: none; stroke: #191919; stroke-width: 2.4; stroke-linecap: round }
-.chat { display: flex; flex-direction: column; height: 802px; overflow: hidden; padding: 10px }
-time { align-self: center; margin-bottom: 9px; font-size: 12px; line-height: 16px; color: #9b9b9b }
-.row { display: flex; gap: 10px; margin-bottom: 9px; flex: none } .mine { flex-direction: row-reverse }
-b { flex: none; width: 34px; height: 34px; border-radius: 5px; background: #5b7fa6 }
-p { position: relative; max-width: 272px; padding: 7px 10px; border-radius: 6px; background: #fff;
-  white-space: pre-wrap; overflow-wrap: anywhere }
-p::before { content: ""; position: absolute; top: 12px; left: -4px; width: 10px; height: 10px;
-  background: inherit; transform: rotate(45deg); border-radius: 2px }
-.mine b { background: #e2a04a } .mine p { background: #95ec69 } .mine p::before { left: auto; right: -4px }
-img { display: block; width: 150px }
-</style>%s%s<script>
-onload = () => { // the first phone shows what fits of the beginning, the second one of the end
-  const [first, second] = document.querySelectorAll('.chat')
-  const full = (chat) => chat.scrollHeight > chat.clientHeight
-  while (full(first)) first.lastChild.remove()
-  for (const shown of [...first.children]) second.firstChild.remove()
-  while (full(second)) second.firstChild.remove()
-}
-</script>"""
-PHONE = """<div class="phone"><header><svg viewBox="0 0 24 24"><path d="M10 5l-7 7 7 7"/></svg>文件传输助手
-<svg viewBox="0 0 24 24"><path d="M5 12h0M12 12h0M19 12h0"/></svg></header><div class="chat">%s</div></div>"""
 
 
-def bubbles(talk: list) -> str:
-    """Return the messages as HTML, with the time after five minutes of silence, as WeChat has it."""
-    parts, last = [], 0
-    for message in talk:
-        if message.time - last > 300:
-            parts.append(time.strftime('<time>%H:%M</time>', time.localtime(message.time)))
-        last, content = message.time, html.escape(message.text())
+class Phone:
+    """A screen of WeChat that is as long as what is said on it."""
+
+    def __init__(self):
+        path = utils.chinese_font()[0] or sys.exit('no Chinese font: apt-get install fonts-noto-cjk')
+        number = 2 if 'CJK-' in path and path.endswith('.ttc') else 0  # of its fonts: that for China
+        self.font = ImageFont.truetype(path, TEXT * SCALE, index=number)
+        self.image = Image.new('RGB', (WIDTH * SCALE, 4000 * SCALE), '#ededed')
+        self.pen = ImageDraw.Draw(self.image)
+        self.bottom = 54  # of what is drawn
+        self.write(WIDTH / 2 - self.length('文件传输助手') / 2, 12, '文件传输助手')
+        self.line([(20, 14), (12, 22), (20, 30)], '#191919')
+        for x in (372, 379, 386):
+            self.box((x, 21, x + 3, 24), '#191919', 1.5)
+        self.line([(0, 44), (WIDTH, 44)], '#dadada')
+
+    def length(self, text: str) -> float:
+        return self.font.getlength(text) / SCALE
+
+    def write(self, x: float, y: float, text: str) -> None:
+        self.pen.text((x * SCALE, y * SCALE), text, '#191919', self.font, spacing=0)
+
+    def line(self, points: list, colour: str) -> None:
+        self.pen.line([(x * SCALE, y * SCALE) for x, y in points], colour, SCALE, 'curve')
+
+    def box(self, corners: tuple, colour: str, radius: float) -> None:
+        self.pen.rounded_rectangle([value * SCALE for value in corners], radius * SCALE, colour)
+
+    def say(self, message: Message) -> None:
+        """Draw a message below the others."""
+        top, mine = self.bottom, message.mine
+        face = WIDTH - EDGE - FACE if mine else EDGE
+        self.box((face, top, face + FACE, top + FACE), '#e2a04a' if mine else '#5b7fa6', 5)
         if isinstance(message.content, bytes):
-            content = '<img src="data:image/png;base64,%s">' % base64.b64encode(message.content).decode()
-        parts.append('<div class="row%s"><b></b><p>%s</p></div>' % (' mine' * message.mine, content))
-    return ''.join(parts)
+            with Image.open(io.BytesIO(message.content)) as picture:
+                picture.thumbnail((PICTURE * SCALE, 4000))
+                self.image.paste(picture, ((EDGE + FACE + GAP) * SCALE, top * SCALE))
+                self.bottom = top + picture.height / SCALE + GAP
+            return
+        rows = [row for text in message.text().split('\n') for row in self.wrapped(text)]
+        width, height = max(map(self.length, rows)) + 2 * PAD, max(FACE, len(rows) * LINE + 2 * PAD - 3)
+        left = face - GAP - width if mine else face + FACE + GAP
+        colour, tip = ('#95ec69', left + width) if mine else ('#ffffff', left)
+        tail = [(tip - 5, top + 17), (tip, top + 12), (tip + 5, top + 17), (tip, top + 22)]
+        self.pen.polygon([(x * SCALE, y * SCALE) for x, y in tail], colour)
+        self.box((left, top, left + width, top + height), colour, 6)
+        for number, row in enumerate(rows):
+            self.write(left + PAD, top + PAD - 4 + number * LINE, row)
+        self.bottom = top + height + GAP
+
+    def wrapped(self, text: str) -> list:
+        """Return the rows of a line."""
+        rows = ['']
+        for character in text:
+            if self.length(rows[-1] + character) > BUBBLE - 2 * PAD:
+                rows.append('')
+            rows[-1] += character
+        return rows
+
+    def screen(self) -> Image.Image:
+        """Return the picture."""
+        return self.image.crop((0, 0, WIDTH * SCALE, int(self.bottom + EDGE - GAP) * SCALE))
 
 
-def draw(talk: list, browser: str) -> Image.Image:
-    """Return the conversation as a picture: the screens of two phones."""
-    with tempfile.TemporaryDirectory() as folder:
-        page, shot, profile = (os.path.join(folder, name) for name in ('page.html', 'shot.png', 'profile'))
-        with open(page, 'w', encoding='utf-8') as f:
-            f.write(PAGE % ((PHONE % bubbles(talk),) * 2))
-        options = ['--user-data-dir=' + profile, '--screenshot=' + shot]
-        options += ['--window-size=%d,%d' % (WIDTH, HEIGHT + 200)]  # higher by more than a window's frame
-        done = subprocess.run([browser, *OPTIONS, *options, 'file://' + page], capture_output=True, text=True)
-        if not os.path.exists(shot):
-            sys.exit('%s has drawn nothing:\n%s' % (browser, done.stderr))
-        with Image.open(shot) as image:
-            return image.crop((0, 0, WIDTH * SCALE, HEIGHT * SCALE))
+def beginning(talk: list) -> list:
+    """Return what the picture shows: from `lr 0.1` to the first curve."""
+    first = next(i for i, message in enumerate(talk) if message.text() == 'lr 0.1')
+    return talk[first : 1 + next(i for i, message in enumerate(talk) if isinstance(message.content, bytes))]
 
 
 def save(image: Image.Image, name: str) -> None:
@@ -232,17 +241,22 @@ def save(image: Image.Image, name: str) -> None:
 
 
 def main() -> None:
-    """Hold the conversation, then print or draw it."""
+    """Hold the conversation, then print it, or write and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--text', action='store_true', help='print the conversation, draw nothing')
     args = parser.parse_args()
-    browser = shutil.which('chromium')
-    if not (args.text or browser):
-        sys.exit('there is no Chromium to draw with: apt-get install chromium fonts-noto-cjk')
+    phone = None if args.text else Phone()
     talk = converse(STEPS)
     if args.text:
         return print(as_text(talk))
-    save(draw(talk, browser), 'conversation.png')
+    page = os.path.join(ROOT, '.github', 'conversation.md')
+    with open(page, encoding='utf-8') as f:
+        head, _, rest = f.read().partition('```text\n')
+    with open(page, 'w', encoding='utf-8') as f:
+        f.write(f'{head}```text\n{as_text(talk)}\n```{rest.partition("```")[2]}')
+    for message in beginning(talk):
+        phone.say(message)
+    save(phone.screen(), 'conversation.png')
     curves = [message.content for message in talk if isinstance(message.content, bytes)]
     save(Image.open(io.BytesIO(curves[-1])), 'curve.png')
 
