@@ -5002,6 +5002,9 @@ class Trainer:
             self.saved |= 'checkpoint' in run
             self.progress |= bool(run)
             also = [self.run_row()] if run else []
+            if 'checkpoint' in run and self.queue.current and self.queue.current['tries']:
+                self.queue.current['tries'] = 0  # it gets somewhere between the interruptions
+                also.append(self.queue.statement())
             for person, text in self.rules.come_true(self.run) if 'row' in run else ():
                 pairs += [(each, text) for each in dict.fromkeys((person, *audience))]
                 also.append(self.rules.statement())
