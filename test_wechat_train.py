@@ -68,7 +68,7 @@ from mxnet.gluon import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SAMPLE = os.path.join(HERE, '..', 'shared', 'fashion-mnist-sample')  # real images, if they are there
-NEWS = r'第 \d|训练(完成|已停止|出错|停下|的进程没有了|的程序)|程序又启动|从现在起|\d+ 秒后'
+NEWS = r'第 \d|排队的|连着两次|训练(完成|已停止|出错|停下|的进程没有了|的程序)|程序又启动|从现在起|\d+ 秒后'
 ANSWER = rf'\A(?!{NEWS})'  # a text that is no report
 TICKETS = 'skey', 'wxsid', 'wxuin', 'pass_ticket'
 DEADLINE = 120  # seconds until a condition that is waited for counts as failed
@@ -1611,7 +1611,9 @@ QUOTES = '“”,"",\'\',‘’,「」,『』,《》,〈〉,«»,【】,（）'.
 INVISIBLE = '\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad\ufe0e\ufe0f\u202a\u202c'
 PUNCTUATION = '。.!！?？~～…,，;；、⋯·'
 EMOJI = ['🚀', '👍🏻', '❤️', '🤷‍♂️', '🇨🇳', '⭐', '👨‍👩‍👧']
-TO_TRADITIONAL = str.maketrans('开继续状态线错图记参数报静帮学轮启', '開繼續狀態線錯圖記參數報靜幫學輪啟')
+TO_TRADITIONAL = str.maketrans(
+    '开继续状态线错图记参数报静帮学轮启队对', '開繼續狀態線錯圖記參數報靜幫學輪啟隊對'
+)
 SPELLED = [
     *(
         (text, word(key))
@@ -7665,6 +7667,393 @@ def code_of(path):
         if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node):
             node.body = node.body[1:]
     return [line for line in ast.unparse(tree).splitlines() if line.strip()]
+
+
+# -------------------------------------------------------------------- reminders, a queue, names: the night
+
+NIGHT = """
+    from mxnet import gluon, nd
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': params[0]})
+    epoch, loss, acc = utils.load_checkpoint(net, trainer)
+    lr, ti, bs = params
+    run = utils.run.number
+    print('BEGINS', lr, ti, bs, epoch, flush=True)
+    if lr in FAILS:
+        raise OSError('no space left')
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for batch in utils.progress(range(3), train=True):
+            loss += utils.batch_loss(nd.array([lr + epoch]))
+            if (lr, epoch, batch) in DIES and not os.path.exists(f'died {lr}'):
+                open(f'died {lr}', 'w').close()
+                os.kill(os.getpid(), 9)
+            if (lr, epoch, batch) in HOLDS:
+                print('HOLDS', lr, flush=True)
+                while not os.path.exists(f'go {lr}') and utils.running:
+                    time.sleep(0.01)
+        utils.chat_inf(wechat_name, epoch, loss, None, None, *SCORE(run, lr, epoch))
+        if KEEPS:
+            utils.save_checkpoint(net, trainer, epoch, 0, 0)
+        epoch, loss = epoch + 1, 0
+    utils.lock_end(wechat_name)
+"""
+DEFAULTS = {'FAILS': [], 'DIES': [], 'HOLDS': [], 'KEEPS': True}
+
+
+def score(run, lr, epoch):
+    """Return what the training function of the night says of an epoch of a run with such a rate."""
+    return (math.sin(lr * 1000 + epoch) / 2 + 0.5,)
+
+
+def night(folder, main=WITH_OPTIONS, **how):
+    """Write the script of the night; return its path."""
+    head = '\n'.join(f'{name} = {value!r}' for name, value in {**DEFAULTS, **how}.items())
+    head += '\nimport math\nSCORE = lambda run, lr, epoch: (math.sin(lr * 1000 + epoch) / 2 + 0.5,)'
+    return own_script(folder, NIGHT, main, head)
+
+
+def table_of(rates, ti, ends=None):
+    """Return the table that is told after a queue, computed from what the script says."""
+    best = [max(score(0, rate, epoch)[0] for epoch in range(1, ti + 1)) for rate in rates]
+    lines = [
+        f'{i}. lr {rate:g}：{ti} 轮，{value:.3f}，完成' for i, (rate, value) in enumerate(zip(rates, best), 1)
+    ]
+    lines[best.index(max(best))] += ' ★'
+    return '\n'.join([f'排队的 {len(rates)} 次做完了', *lines])
+
+
+MORE = [
+    ('提醒 test_acc > 0.9', ('remind', ['test_acc', '>', 0.9])),
+    ('提醒 loss < 0.3', ('remind', ['loss', '<', 0.3])),
+    ('提醒 f1 < 0.5', ('remind', ['f1', '<', 0.5])),
+    ('提醒：测试精度＞０．９', ('remind', ['test_acc', '>', 0.9])),
+    ('提醒 測試精度 ≥ 0.9！', ('remind', ['test_acc', '>=', 0.9])),
+    ('提醒 训练精度 低于 .5', ('remind', ['train_acc', '<', 0.5])),
+    ('提醒 損失 小于 1e-3', ('remind', ['loss', '<', 0.001])),
+    ('提醒 召回率<=-2', ('remind', ['召回率', '<=', -2])),
+    ('remind F1>1', ('remind', ['F1', '>', 1])),
+    ('提醒', ('remind', None)),
+    ('提醒 清空', ('remind', '清空')),
+    ('排队', ('queue', None)),
+    ('排隊清空。', ('queue', '清空')),
+    ('排队 lr 0.1, 0.05, 0.01', ('queue', [[(LR, '0.1')], [(LR, '0.05')], [(LR, '0.01')]])),
+    ('排队 lr 0.1，0。05、.01', ('queue', [[(LR, '0.1')], [(LR, '0.05')], [(LR, '.01')]])),
+    ('排队 lr 0.05 bs 64', ('queue', [[(LR, '0.05'), (BS, '64')]])),
+    ('排队：lr0.05，bs=64', ('queue', [[(LR, '0.05'), (BS, '64')]])),
+    ('排队 lr 0,1', ('queue', [[(LR, '0')], [(LR, '1')]])),
+    ('排队 学习率 0.1 0.2 轮数 3', ('queue', [[(LR, r), (TI, '3')] for r in ('0.1', '0.2')])),
+    ('停止 全部', ('stop', '全部')),
+    ('停止全部！', ('stop', '全部')),
+    ('开始 小学习率', ('start', '小学习率')),
+    ('“开始　大LR-2”🚀', ('start', '大LR-2')),
+    ('对比', ('compare', None)),
+    ('對比。', ('compare', None)),
+]
+
+
+@pytest.mark.parametrize('text, expected', MORE)
+def test_what_may_stand_behind_a_word(text, expected):
+    [said] = utils.parse(text).commands
+    assert (said.word, said.more) == expected and not said.values and said.number is None
+
+
+TALK_OF_THE_NIGHT = """
+提醒我一下 / 提醒我 5 点开会 / 提醒 大家 带伞 / 请提醒他 / 提醒我损失太大了 / 排队买票 / 排队 3 小时
+排队 买票 / 在排队 / 排队的人好多 / 对比一下 / 对比度 / 这个对比太强烈 / 停止全部供水 / 停止 全部 供水
+开始 吃饭了 / 开始 上课啦 / 开始 下雨了吗 / 开始  小学习率 / 开始小学习率 / 开始，小学习率 / 开始 小 学习率
+开始 停止供水 / 开始 继续努力 / 开始 这个名字实在是太长太长了一点 / queue up please / compare it
+remind me later / stop all of it / 排队lr是什么
+"""
+
+
+def test_small_talk_of_the_night():
+    for text in [text for line in TALK_OF_THE_NIGHT.strip().split('\n') for text in line.split(' / ')]:
+        assert utils.parse(text) == TALK, text
+    almost = '提醒 abc/提醒 test_acc 0.9/提醒 损失 </提醒 > 0.5/提醒 5/排队 lr/排队 lr abc/排队 ti 5轮/对比 2'
+    for text in almost.split('/'):
+        assert utils.parse(text).almost == text and '没看懂，没有执行' in utils.explain(text)
+    for text in ('开始 小学习率', '开始 小学习率\n停止'):  # of one who may not command yet
+        assert not utils.parse(text).complete
+
+
+@given(
+    st.lists(st.decimals('0.001', 100, places=3).map(str), min_size=1, max_size=3),
+    st.lists(st.integers(1, 10000).map(str), max_size=3),
+    st.sampled_from([', ', ',', '，', ' ', '、']),
+)
+def test_a_queue_is_every_combination(rates, sizes, comma):
+    [said] = utils.parse(f'排队 lr {comma.join(rates)}' + f' bs {comma.join(sizes)}' * bool(sizes)).commands
+    counts = collections.Counter(map(tuple, said.more))
+    expected = itertools.product(rates, sizes) if sizes else ((rate,) for rate in rates)
+    assert counts == collections.Counter(tuple(zip((LR, BS), values)) for values in expected)
+
+
+def test_reminders_hold_over_resume_and_are_told_once_in_a_run(wechat, tmp_path):
+    """The numbers are drawn; the test says by itself in which epoch which rule comes true first."""
+    rng = random.Random(os.environ.get('SEED', '32'))
+    acc, f1 = ([round(rng.random(), 3) for _ in range(9)] for _ in 'ab')
+    script = night(tmp_path, HOLDS=[(0.5, 4, 1)])
+    with open(script) as f:
+        text = f.read()
+    with open(script, 'w') as f:
+        f.write(
+            text.replace('*SCORE(run, lr, epoch)', f'{acc}[epoch - 1], F1={f1}[epoch - 1], 召回率=-epoch')
+        )
+    rules = [('test_acc', '>', a) for a in (0.5, sorted(acc)[-2], 1.0)]
+    rules += [('f1', '<', a) for a in (0.4, min(f1) + 0.001)] + [('召回率', '<=', -6.0), ('loss', '>', 4.4)]
+    signs = {'>': float.__gt__, '<': float.__lt__, '<=': float.__le__}
+    values = {
+        'test_acc': acc,
+        'f1': f1,
+        '召回率': [-e for e in range(1, 10)],
+        'loss': [0.5 + e for e in range(1, 10)],
+    }
+    expected = {}
+    for name, sign, number in rules:
+        first = [e for e in range(1, 10) if signs[sign](float(values[name][e - 1]), number)][:1]
+        expected.update({f'{name} {sign} {number:g}': e for e in first})
+    assert 4 < len(expected) < 7 and len(set(expected.values())) > 2
+    with Program(tmp_path, script=script, env=wechat.env()) as program:
+        wechat.ready()
+        assert wechat.ask('提醒').startswith('没有提醒')
+        for name, sign, number in rules:
+            chinese = {'test_acc': '测试精度', 'loss': '损失'}.get(name, name)
+            assert f'{name} {sign} {number:g}' in wechat.ask(f'提醒 {chinese} {sign} {number}')
+        wechat.ask('ti 9')
+        wechat.ask('开始')
+        program.wait_output('HOLDS')
+        wechat.ask('停止')
+        wechat.wait_text('训练已停止')
+    with Program(tmp_path, script=script, env=wechat.env()):  # the same rules in the next program
+        wechat.ready()
+        assert wechat.ask('提醒').count('\n') == len(rules) - 1
+        (tmp_path / 'go 0.5').touch()
+        so_far = len(wechat.heard())
+        wechat.ask('继续')
+        wechat.wait_text('训练完成', since=so_far)
+        told = [
+            re.fullmatch(r'第 (\d) 轮提醒：(.*)，是 (.*)', t) for t in wechat.heard() if '轮提醒' in str(t)
+        ]
+        assert {found[2]: int(found[1]) for found in told} == expected and len(told) == len(expected)
+        for found in told:
+            name, epoch = found[2].split()[0], int(found[1])
+            assert float(found[3]) == pytest.approx(values[name][epoch - 1], rel=1e-5)
+        texts = wechat.heard()
+        for found in told:  # at the end of that epoch: right behind its report
+            epoch = [i for i, t in enumerate(texts) if str(t).startswith(f'第 {found[1]}/9 轮\n')][0]
+            assert 0 < texts.index(found[0]) - epoch <= len(expected)
+        listed = wechat.ask('提醒').split('\n')
+        assert sorted(line for line in listed if '说过了' in line) == sorted(
+            f'{rule}（第 {epoch} 轮说过了）' for rule, epoch in expected.items()
+        )
+        assert wechat.ask('提醒 清空') == '好，没有提醒了。' and wechat.ask('提醒').startswith('没有提醒')
+
+
+JUMPS = """
+    run = utils.run.number - 1
+    utils.lock_start()
+    for epoch in (1, 2):
+        for loss in utils.progress(LOSSES[run][(epoch - 1) * 200 : epoch * 200], train=True):
+            utils.batch_loss(mx.nd.array([loss]))
+        utils.chat_inf(wechat_name, epoch, 1, None, [0], 0.5)
+        if run != 1:
+            utils.save_checkpoint(net, trainer, epoch, 0, 0)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_loss_that_has_jumped_is_told_once_with_what_to_go_back_would_do(tmp_path):
+    rng = np.random.RandomState(7)
+    quiet = [rng.uniform(0.9, 1.1, 400) for _ in range(5)]
+    quiet[0][230:] *= 5  # it stays there
+    quiet[1][140:190] *= 5  # just long enough, in the first epoch
+    quiet[2][250:299] *= 5  # one batch too short
+    quiet[3][30:] *= 5  # before there were a hundred
+    quiet[4] *= np.where(np.arange(400) > 200, -5, -1)  # nothing jumps below zero
+    losses = [[float(np.float32(x)) for x in each] for each in quiet]
+    expected = []
+    for each in losses:  # by the definition, batch by batch
+        high = [i >= 100 and each[i] > 3 * np.median(each[i - 100 : i]) > 0 for i in range(400)]
+        expected.append([i for i in range(49, 400) if all(high[i - 49 : i + 1])][:1])
+    assert expected == [[279], [189], [], [], []]
+    head = (
+        f'import mxnet as mx\nLOSSES = {losses!r}\nnet = mx.gluon.nn.Dense(1, in_units=1)\nnet.initialize()\n'
+    )
+    head += "trainer = mx.gluon.Trainer(net.collect_params(), 'sgd')"
+    script = own_script(tmp_path, JUMPS, WITH_OPTIONS, head)
+    with Program(tmp_path, '--console', script=script) as program:
+        status, output = program.types('排队 lr 1, 2, 3, 4, 5\n')
+    assert status == 0 and '排队的 5 次做完了' in output
+    first, second = re.findall(r'^(第 . 轮到第 .*损失跳升.*\n.*)', output, re.M)
+    median = np.median(losses[0][130:230])
+    assert first.startswith(f'第 2 轮到第 80/200 批：损失跳升，50 批都高于平时（{median:.4g}）的 3 倍')
+    assert f'现在 {losses[0][279]:.4g}（排队 1/5）\n' in first
+    assert '发“回退”会停下，回到最好的第 1 轮（测试精度 0.500）' in first
+    assert second.startswith('第 1 轮到第 190/200 批') and '没有地方可回' in second
+
+
+@pytest.mark.parametrize('keeps', [True, False])
+def test_a_queue_of_three_with_a_death_in_the_second(wechat, tmp_path, keeps):
+    """With a checkpoint it goes on, without one it begins again; --then waits for the end of all."""
+    rates = [0.1, 0.05, 0.01]
+    options = '--then', 'touch then'
+    script = night(tmp_path, KEEPS=keeps, DIES=[(0.05, 2, 1)], HOLDS=[(0.5, 1, 1)])
+    with Program(tmp_path, *options, script=script, env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('ti 3 bs 20')
+        wechat.ask('开始')
+        program.wait_output('HOLDS')
+        assert wechat.ask('排队 lr 0.1, 0.05, 0.01').startswith('好，排了 3 次')
+        assert wechat.ask('排队') == '\n'.join(f'排着：{i}. lr {rate}' for i, rate in enumerate(rates, 1))
+        so_far = len(wechat.heard())
+        (tmp_path / 'go 0.5').touch()
+        table = wechat.wait_text('做完了', since=so_far)
+        assert table == table_of(rates, 3)
+        path = tmp_path / 'runs' / 'compare.png'
+        wechat.wait(lambda: path.exists() and path.read_bytes() in wechat.heard(since=so_far))
+        texts = [t for t in wechat.heard(since=so_far) if isinstance(t, str)]
+        wechat.wait_text('秒后执行', since=so_far)
+        assert not [t for t in texts[: texts.index(table)] if '秒后执行' in t]
+        assert wechat.ask('排队').startswith('没有排着的') and 'lr = 0.5\n' in wechat.ask('参数')
+        began = re.findall('BEGINS (.*) 3 20 (.)', program.output())
+        again = '2' if keeps else '1'
+        assert began == [('0.5', '1'), ('0.1', '1'), ('0.05', '1'), ('0.05', again), ('0.01', '1')]
+        reports = [re.findall(r'^第 (\d)/3 轮（排队 (\d)/3）', t) for t in texts]
+        reports = [(int(k), int(e)) for found in reports for e, k in found]
+        second = [(2, 1), (2, 2), (2, 3)] if keeps else [(2, 1), (2, 1), (2, 2), (2, 3)]
+        assert reports == [(1, 1), (1, 2), (1, 3), *second, (3, 1), (3, 2), (3, 3)]
+        ends = [t.split('\n')[0] for t in texts if t.startswith('训练完成')]
+        assert ends == ['训练完成', *(f'训练完成（排队 {i}/3）' for i in (1, 2, 3))]
+        assert all(len(text.split('\n')) < 12 for text in texts)
+        drawn = np.asarray(Image.open(path).convert('RGB')).astype(int)
+        for colour in (BLUE, ORANGE, (44, 160, 44)):
+            assert rows_with(drawn, colour)[1] > 300
+        lines = wechat.ask('记录').split('\n')
+        assert len(lines) == 5 + (not keeps) and ' lr 0.01 bs 20，3 轮，' in lines[0]
+
+
+def test_a_queue_outlives_the_program(wechat, tmp_path):
+    """Killed in the first, ended by a signal in the second: each is gone on with by the next program."""
+    rates = [0.1, 0.05, 0.01]
+    script = night(tmp_path, HOLDS=[(0.1, 2, 1), (0.05, 2, 1)])
+    with Program(tmp_path, script=script, env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('lr 0.3 ti 3')
+        wechat.ask('排队 lr 0.1, 0.05, 0.01')
+        program.wait_output('HOLDS 0.1')
+        program.kill()
+    (tmp_path / 'go 0.1').touch()
+    with Program(tmp_path, script=script, env=wechat.env()) as program:
+        wechat.wait_text('第 1/3 次排队：从检查点接着训练')
+        program.wait_output('HOLDS 0.05')
+        program.process.send_signal(signal.SIGTERM)
+        program.process.wait(DEADLINE)
+    (tmp_path / 'go 0.05').touch()
+    with Program(tmp_path, script=script, env=wechat.env()):
+        wechat.wait_text('第 2/3 次排队：从检查点接着训练')
+        assert wechat.wait_text('做完了') == table_of(rates, 3)
+        assert 'lr = 0.3\n' in wechat.ask('参数')
+        texts = [t for t in wechat.heard() if isinstance(t, str)]
+        reports = [tuple(map(int, r)) for t in texts for r in re.findall(r'^第 (\d)/3 轮（排队 (\d)/3）', t)]
+        assert reports == [(epoch, number) for number in (1, 2, 3) for epoch in (1, 2, 3)]
+
+
+def test_stop_asks_about_the_queue(wechat, tmp_path):
+    holds = [(rate, 1, 1) for rate in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    with Program(tmp_path, script=night(tmp_path, HOLDS=holds), env=wechat.env()) as program:
+        wechat.ready()
+        assert '不行' in wechat.ask('排队 lr 0.1, 1000') and wechat.ask('排队').startswith('没有排着的')
+        wechat.ask('排队 lr 0.1, 0.2, 0.3')
+        program.wait_output('HOLDS 0.1')
+        answer = wechat.ask('停止')
+        assert '只停这一次，还是连排队一起？排着的 2 次会接着做；发“停止 全部”，它们就都不做了' in answer
+        program.wait_output('HOLDS 0.2')
+        assert wechat.ask('排队') == '正在做：2. lr 0.2\n排着：3. lr 0.3'
+        assert wechat.ask('排队 清空') == '好，排着的 1 次不做了。'
+        wechat.ask('排队 lr 0.4 bs 7')
+        so_far = len(wechat.heard())
+        assert wechat.ask('停止 全部').startswith('好，这一批算完就停。\n排队也清空了')
+        table = wechat.wait_text('做完了', since=so_far)
+        assert table == '排队的 2 次做完了\n1. lr 0.1：0 轮，停止\n2. lr 0.2：0 轮，停止'
+        assert wechat.ask('开始').startswith('开始训练\n') and 'HOLDS 0.4' not in program.output()
+        program.wait_output('HOLDS 0.5')
+        assert wechat.ask('停止') == '好，这一批算完就停。'
+
+
+def test_two_errors_within_a_minute_stop_the_queue(wechat, tmp_path):
+    script = night(tmp_path, FAILS=[0.1, 0.3, 0.4])
+    with Program(tmp_path, script=script, env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('ti 1')
+        so_far = len(wechat.heard())
+        wechat.ask('排队 lr 0.1, 0.2, 0.3, 0.4, 0.5, 0.6')
+        table = wechat.wait_text('排队停了', since=so_far).split('\n')
+        assert table[0] == '连着两次一分钟内就出错，排队停了，还排着的 2 次不做了'
+        number = f'{score(0, 0.2, 1)[0]:.3f}'
+        assert table[1:] == [
+            *('1. lr 0.1：0 轮，出错', f'2. lr 0.2：1 轮，{number}，完成 ★'),
+            *('3. lr 0.3：0 轮，出错', '4. lr 0.4：0 轮，出错'),
+        ]
+        assert wechat.ask('排队').startswith('没有排着的') and program.output().count('BEGINS') == 4
+        closing = [t for t in wechat.heard(since=so_far) if str(t).startswith('训练出错')]
+        assert ['（排队 %d/6）' % i in t for i, t in zip((1, 3, 4), closing)] == [True] * 3
+
+
+def test_a_run_has_a_name(tmp_path):
+    """It stands in its reports, in 记录 and on the curve, also after 继续 in another program."""
+    fonts = tmp_path / 'fonts'
+    fonts.mkdir()
+    write_font(fonts / 'wqy-microhei.ttf', '损失精度轮测试训练每批，小学习率')
+    env = {'XDG_DATA_HOME': str(tmp_path)}
+    script = night(tmp_path, HOLDS=[(0.1, 3, 1)])
+    with Program(tmp_path, '--console', script=script, env=env) as program:
+        program.process.stdin.write('ti 3 lr 0.2\n开始\n')
+        program.process.stdin.flush()
+        program.wait_output('训练完成')
+        program.process.stdin.write('ti 3 lr 0.1\n开始 小学习率\n')
+        program.process.stdin.flush()
+        program.wait_output('HOLDS')
+        output = program.types('停止\n')[1]
+    assert '开始训练（小学习率）\n' in output and '第 2/3 轮（小学习率）\n' in output
+    assert '训练已停止（小学习率）\n' in output
+    (tmp_path / 'go 0.1').touch()
+    with Program(tmp_path, '--console', script=script, env=env) as program:
+        program.process.stdin.write('继续\n')
+        program.process.stdin.flush()
+        program.wait_output('训练完成')
+        output = program.types('记录\n曲线 1\n曲线 2\n对比\n')[1]
+    assert '第 3/3 轮（小学习率）\n' in output and '训练完成（小学习率）\n' in output
+    assert re.search(r'^1\. 小学习率 \d.* lr 0.1 bs 256，3 轮', output, re.M)
+    assert re.search(r'^2\. \d', output, re.M)
+    first, second = [run['folder'] for run in remembered_runs(tmp_path)]
+    unnamed, named = (
+        np.asarray(Image.open(os.path.join(f, 'curve.png')).convert('L')) for f in (first, second)
+    )
+    assert len(named) == len(unnamed) + 40  # a line of its own above
+    black = named < 80
+    assert any(black[y : y + 20, x : x + 12].all() for y in range(0, 30) for x in range(300, 500))
+    both = np.asarray(Image.open(tmp_path / 'runs' / 'compare.png').convert('RGB')).astype(int)
+    assert rows_with(both, BLUE)[1] > 300 and rows_with(both, ORANGE)[1] > 300
+
+
+def test_a_comparison_draws_what_was_measured(tmp_path):
+    """Each run's line is where its numbers are; without a test accuracy it is the loss's."""
+
+    def row(epoch, loss, acc):
+        return utils.Row(epoch, loss, None, acc, 0.1, 1, epoch)
+
+    for measured in (True, False):
+        runs = [
+            ('1', [row(e, 10 + e, 0.2 if measured else None) for e in range(1, 9)]),
+            ('2', [row(e, 10 - e, 0.8 if measured else None) for e in range(1, 9)]),
+        ]
+        picture = picture_of(str(tmp_path / 'compare.png'), utils.draw_comparison, runs=runs)
+        blue, orange = (rows_with(picture[: len(picture) - 140], colour)[0] for colour in (BLUE, ORANGE))
+        if measured:  # two level lines, the higher one above
+            assert np.ptp(blue) < 15 and np.ptp(orange) < 15 and orange.max() < blue.min() - 200
+        else:
+            assert np.ptp(blue) > 100 and np.ptp(orange) > 100 and blue.max() < orange.min() + 60
 
 
 # ------------------------------------------------------------------------------------------ the README

@@ -164,6 +164,7 @@ if TALKS:
 
 import argparse
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -184,6 +185,7 @@ import logging
 import math
 import mmap
 import multiprocessing.connection
+import operator
 import pickle
 import queue
 import random
@@ -1460,6 +1462,7 @@ class Command(NamedTuple):
     help: str
     number: str = ''  # with a number behind the word; the help's example
     optional: bool = False  # may the number be left out?
+    more: str = ''  # an example of what else may stand behind it: see read_more()
 
     def help_line(self) -> str:
         """Return what 帮助 says of it."""
@@ -1467,16 +1470,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    'start': Command('开始', '从头训练'),
-    'stop': Command('停止', '算完这一批就停'),
+    'start': Command('开始', '从头训练；开始 小学习率：起个名字', more=' 小学习率'),
+    'stop': Command('停止', '算完这一批就停', more=' 全部'),
     'resume': Command('继续', '接着上次的训练'),
     'status': Command('状态', '现在到哪了'),
     'plot': Command('曲线', '损失和精度的图', ' 2', optional=True),
     'mistakes': Command('错图', '认错的测试图'),
     'runs': Command('记录', '最近几次训练，比一比'),
     'log': Command('日志', '程序最后打印的几行', ' 20', optional=True),
+    'compare': Command('对比', '最近几次画在一张图里'),
     'programs': Command('程序', '合用这个微信的有哪些程序'),
     'rollback': Command('回退', '回到最好的一轮'),
+    'queue': Command('排队', '排队 lr 0.1, 0.05：一次接一次', more=' lr 0.1, 0.05'),
+    'remind': Command('提醒', '提醒 test_acc > 0.9：到了就说', more=' test_acc > 0.9'),
     'restart': Command('重启', '卡住了，就重新启动训练的进程'),
     'params': Command('参数', '看 lr、ti、bs 三个值'),
     'report': Command('报告', '几轮报告一次，0 只说要紧的', ' 5'),
@@ -1487,9 +1493,9 @@ COMMANDS = {
     'help': Command('帮助', ''),
 }
 GROUPS = {  # of the help
-    '训练': ('start', 'stop', 'resume', 'rollback', 'restart'),
-    '查看': ('status', 'plot', 'mistakes', 'runs', 'log', 'params', 'programs'),
-    '打扰多少': ('report', 'quiet', 'patience', 'cancel', 'allow'),
+    '训练': ('start', 'queue', 'stop', 'resume', 'rollback', 'restart'),
+    '查看': ('status', 'plot', 'mistakes', 'runs', 'compare', 'log', 'params', 'programs'),
+    '打扰多少': ('report', 'quiet', 'remind', 'patience', 'cancel', 'allow'),
 }
 HELP = '\n'.join(
     [
@@ -1562,8 +1568,8 @@ DASHES = re.compile(r'(?m)^[^\S\n]*(?:[-–—─][^\S\n]*){3,}$')  # between wh
 MENTION = re.compile(r'\A\s*[@＠](?:[^\u2005\n]*\u2005|\S+\s)')  # WeChat puts U+2005 behind the name
 ENDS = '.!?~,;:"\'。、⋯〜·•・–—―─′'  # beside brackets, quotation marks and emoji, which have categories
 PLAIN = str.maketrans(
-    '開繼續狀態線綫錯圖記紀錄誌參數報靜幫學習輪啟啓訓練暫終進結復‐‑‒–—―−⁄×÷',
-    '开继续状态线线错图记记录志参数报静帮学习轮启启训练暂终进结复-------/x/',
+    '開繼續狀態線綫錯圖記紀錄誌參數報靜幫學習輪啟啓訓練暫終進結復隊對測試損‐‑‒–—―−⁄×÷',
+    '开继续状态线线错图记记录志参数报静帮学习轮启启训练暂终进结复队对测试损-------/x/',
 )
 
 BETWEEN = r'[\s=:,;、。]'
@@ -1587,6 +1593,16 @@ NUMBER_LIKE = re.compile(
 )
 
 
+MEASURES = {'测试精度': 'test_acc', '精度': 'test_acc', '训练精度': 'train_acc', '损失': 'loss'}
+SIGNS = {'>': operator.gt, '<': operator.lt, '>=': operator.ge, '<=': operator.le}
+SIGNS_IN_WORDS = {'≥': '>=', '≤': '<=', **dict.fromkeys(['大于', '超过', '高于'], '>')}
+SIGNS_IN_WORDS.update(dict.fromkeys(['小于', '低于'], '<'))
+SIGN = '|'.join(['[<>]=?', *SIGNS_IN_WORDS])
+RULE = re.compile(rf'([^\s<>=]{{1,20}}?)\s*({SIGN})\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)', re.I)
+# What follows 开始 is a name and no small talk: it is no verb of two characters and ends as no sentence does.
+RUN_NAME = re.compile(r'\s((?=.*[\u4e00-\u9fff])[\w.+-]{2,11}(?![了吗吧啦呢呀啊嘛哦么])[\w+])')
+
+
 class Said(NamedTuple):
     """One command: a word of COMMANDS and its number, or 'set' and its values, and the line it was."""
 
@@ -1594,6 +1610,7 @@ class Said(NamedTuple):
     number: Optional[int]
     values: list  # (name, text), for read_value(); of 'allow', who
     text: str
+    more: Any = None  # what read_more() has read behind the word
 
 
 class Parsed(NamedTuple):
@@ -1607,14 +1624,15 @@ class Parsed(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Is every command of it valid? Relative learning rates are tried on 1."""
+        """Is every command of it valid? Relative learning rates are tried on 1. A name may be small talk."""
         try:
             for said in self.commands:
                 for name, text in said.values if said.word == 'set' else ():
                     read_value(name, text, 1)
         except ValueError:
             return False
-        return bool(self.commands) and not self.almost
+        named = any(said.word == 'start' and said.more for said in self.commands)
+        return bool(self.commands) and not self.almost and not named
 
 
 def parse(text: str) -> Parsed:
@@ -1729,6 +1747,7 @@ def understand(line: str) -> Optional[Said]:
         return Said('allow', None, [named[1]], line)
     found = BEGINNING.fullmatch(key)
     spelling, rest = found.groups() if found else ('', '')
+    almost = meant_by(key) or is_several(key) or found and is_attempt(spelling, rest)
     if spelling in WORDS:
         word, command = WORDS[spelling], COMMANDS[WORDS[spelling]]
         number = re.fullmatch(r'[\s=:]*(\d{1,6})', rest)
@@ -1736,8 +1755,54 @@ def understand(line: str) -> Optional[Said]:
             return Said(word, int(number[1]), [], line)
         if not rest and (not command.number or command.optional):
             return Said(word, None, [], line)
-    almost = meant_by(key) or is_several(key) or found and is_attempt(spelling, rest)
+        more = None if word == 'start' and almost else read_more(word, line[len(spelling) :])
+        if more is not None:
+            return Said(word, None, [], line, more)
     return Said('', None, [], line) if almost else None
+
+
+def read_more(word: str, rest: str) -> Any:
+    """Return what stands behind a word of COMMANDS that takes more than a number; None if that is no command.
+
+    Of 开始 the name of the run, of 停止 全部, of 提醒 清空 or [number's name, sign, number], of 排队 清空 or
+    [(name, text)] for each run.
+
+    >>> read_more('remind', ' 测试精度 > 0.9'), read_more('start', ' 小学习率'), read_more('start', ' 吃饭')
+    (['test_acc', '>', 0.9], '小学习率', None)
+    >>> read_more('queue', ' lr 0.1, 0.05 bs 64')
+    [[('learning_rate', '0.1'), ('batch_size', '64')], [('learning_rate', '0.05'), ('batch_size', '64')]]
+    """
+    key = rest.strip(' :').lower().translate(PLAIN)
+    single = {'stop': {'全部': '全部', 'all': '全部'}}.get(word, {'清空': '清空', 'clear': '清空'})
+    if word in ('stop', 'queue', 'remind') and key in single:
+        return single[key]
+    if word == 'start':
+        found = RUN_NAME.fullmatch(rest)
+        known = found and BEGINNING.fullmatch(key_of(found[1]))
+        return found[1] if found and not (known and known[1] in WORDS) else None
+    if word == 'remind' and (found := RULE.fullmatch(rest.strip(' :'))):
+        name, sign, number = found.groups()
+        name = name.translate(PLAIN)
+        return [MEASURES.get(name, name), SIGNS_IN_WORDS.get(sign, sign), float(number)]
+    return read_queue(key) if word == 'queue' else None
+
+
+def read_queue(key: str) -> Optional[list]:
+    """Return [(name, text)] for each run that is to wait: every combination of the values."""
+    key = re.sub(rf'(?<![a-z_])({NAME})(?=[.\d])', r'\1 ', re.sub(r'。(?=\d)', '.', key))
+    lists = {}
+    for part in re.split(f'{BETWEEN}+', key):
+        name = NAMES.get(part, part if part in own_params else None)
+        if name:
+            values = lists.setdefault(name, [])
+        elif not lists or not NUMBER_LIKE.fullmatch(part):
+            return None
+        else:
+            values.append(part)
+    if not lists or not all(lists.values()):
+        return None
+    combinations = itertools.islice(itertools.product(*lists.values()), Queue.MOST + 1)
+    return [list(zip(lists, values)) for values in combinations]
 
 
 def key_of(line: str) -> str:
@@ -1790,8 +1855,10 @@ def explain(line: str) -> str:
         how = '例如 ' + LIMITS[NAMES[spelling]][3].split('例如 ')[1]
     elif spelling not in WORDS:  # beside values
         how = '一行写一个命令，“帮助”列出全部命令'
+    elif (command := COMMANDS[WORDS[spelling]]).more:
+        how = f'“{command.chinese}”后面什么也不写，或者像这样：例如 {command.chinese}{command.more}'
+        how += '（名字要三到十二个字，有汉字）' * (command.chinese == '开始')
     else:
-        command = COMMANDS[WORDS[spelling]]
         example = f'一个数，例如 {command.chinese}{command.number}'
         if command.number and not command.optional:
             how = f'“{command.chinese}”后面要有{example}'
@@ -1836,6 +1903,9 @@ def is_attempt(spelling: str, rest: str) -> bool:
     rest = re.sub(r'(?<=\d)\s*[轮次张个]$|^\s*(?:[改调设降升换变减][成为到至]|为|→|->)(?=\s*[\d.])', '', rest)
     parts = [part for part in re.split(f'{BETWEEN}+', rest) if part]
     names = NAMES if spelling in NAMES else ()
+    usual = {'remind': f'.*[<>≥≤]|{"|".join(MEASURES)}|[a-z_]*acc|loss', 'queue': f'({NAME})(?![a-z_])'}
+    if re.match(rf'[\s:]*({usual.get(WORDS.get(spelling), "$^")})', rest):
+        return rest.isascii() or bool(re.search(r'[\d<>≥≤]', rest))
     numbers = all(NUMBER_LIKE.fullmatch(part) or part in names for part in parts)
     lone = len(parts) == 1 and parts[0].isascii() and not rest.startswith(parts[0])
     lone = lone and (spelling not in IN_PHRASES or '=' in rest)
@@ -4164,13 +4234,177 @@ class Order(NamedTuple):
     text: str
     path: str = ''  # to go on from this checkpoint, without an answer if that works
     typed: bool = False  # beside a chat: to be answered in the terminal
+    known: Any = None  # of 排队: in known()'s place; all who hear of its runs get the answer
 
     def words(self) -> dict:
         """Return what the training process is told, with what the memory knows of the runs asked for."""
         parsed = parse(self.text)
-        commands = [{**said._asdict(), 'known': trainer.known(said)} for said in parsed.commands]
+        commands = [
+            {**said._asdict(), 'known': trainer.known(said) if self.known is None else self.known}
+            for said in parsed.commands
+        ]
         who = {'person': self.person.key, 'name': self.person.name}
         return {'id': self.id, **who, 'commands': commands, 'almost': parsed.almost, 'path': self.path}
+
+
+class Queue:
+    """What 排队 has said: runs that begin by themselves, each when the one before is over.
+
+    Part of Trainer, and guarded as it is; what statement() remembers outlives the program.
+    """
+
+    MOST, SHOWN = 50, 10  # waiting runs; lines that a phone's screen has room for
+    QUICK = 60  # seconds: two runs in a row that end by an error within them stop it
+    TRIES = 2  # a run is begun again so often when it was interrupted without a checkpoint
+
+    def __init__(self):
+        self.waiting = []  # dicts: number, person (a key), values of a run's own, tries
+        self.current = None  # the one that was begun, and its 'run', the number in 记录, once that is known
+        self.done = []  # those that are over
+        self.errors = 0  # in a row
+
+    def statement(self) -> tuple:
+        """Return the statement that remembers it."""
+        return set_setting('queue', vars(self))
+
+    def add(self, runs: list, person: Person) -> str:
+        """Let runs wait, each [(name, text)]; return the answer. Changes nothing when a value is wrong."""
+        try:
+            runs = [{name: read_value(name, text) for name, text in pairs} for pairs in runs]
+        except ValueError as error:
+            return str(error)
+        if len(self.waiting) + len(runs) > self.MOST:
+            return f'没有排：最多排 {self.MOST} 次。'
+        for values in runs:
+            item = {'number': self.last() + 1, 'person': person.key, 'values': values, 'tries': 0}
+            self.waiting.append(item)
+        return f'好，排了 {len(runs)} 次，一次结束就开始下一次。\n{self.text()}'
+
+    def last(self) -> int:
+        """Return the number of the last one."""
+        return max((item['number'] for item in (*self.done, *self.waiting, self.current) if item), default=0)
+
+    def clear(self) -> str:
+        """Let nothing wait any more; return the answer."""
+        count, self.waiting = len(self.waiting), []
+        return f'好，排着的 {count} 次不做了。' if count else '没有排着的。'
+
+    def text(self) -> str:
+        """Return what waits, and what is being done."""
+        lines = [f'正在做：{item_words(self.current)}'] if self.current else []
+        lines += [f'排着：{item_words(item)}' for item in self.waiting[: self.SHOWN]]
+        more = len(self.waiting) - self.SHOWN
+        lines += [f'……还有 {more} 次'] * (more > 0)
+        return '\n'.join(lines) or '没有排着的。例如 排队 lr 0.1, 0.05 排两次。'
+
+    def at_stop(self, said: Said) -> str:
+        """Return what 停止 is to say of it besides."""
+        if said.more or not self.waiting:
+            return '排队也清空了。' if said.more else ''
+        which = f'只停这一次，还是连排队一起？排着的 {len(self.waiting)} 次会接着做'
+        return f'{which}；发“停止 全部”，它们就都不做了。'
+
+    def is_interrupted(self, run: dict) -> bool:
+        """Return whether the current one is to be taken up again; `run`: what is known of the last run."""
+        if self.current['tries'] >= self.TRIES or self.current['run'] not in (None, run.get('number')):
+            return False
+        by_program = run.get('ending') == Ending.STOPPED.value and not run.get('stopping')
+        return self.current['run'] is None or by_program or run.get('ending') == Ending.BROKEN.value
+
+    def took(self, run: dict) -> None:
+        """The current one was begun, as `run`; or not, because a person's came first: then it waits again."""
+        if run:
+            self.current['run'] = run['number']
+        else:
+            self.current = self.waiting.insert(0, self.current)
+
+    def finish(self, run: dict) -> None:
+        """The current one is over, `run` being what is known of it."""
+        by_error = run.get('ending') in (Ending.ERROR.value, Ending.BROKEN.value)
+        quick = (run.get('ended') or 0) - (run.get('begun') or 0) < self.QUICK
+        self.errors = self.errors + 1 if by_error and quick else 0
+        self.done.append(self.current)
+        self.current = None
+
+    def table(self) -> tuple:
+        """Return the text at the end, and [folder, words] of each run that can be drawn; forget all."""
+        runs = {run['number']: run for run in known_runs()}
+        done = [(item_words(item), runs.get(item['run'], {})) for item in self.done]
+        lines = [f'{words}：{outcome(run)}' for words, run in done]
+        best = best_places([run for _, run in done])
+        kept = sorted(range(len(lines)), key=lambda place: (place in best, merit(done[place][1])))
+        kept = sorted(kept[-self.SHOWN :])
+        head = f'排队的 {len(lines)} 次做完了'
+        if self.errors > 1 and self.waiting:
+            head = f'连着两次一分钟内就出错，排队停了，还排着的 {len(self.waiting)} 次不做了'
+        head += f'；最好的 {self.SHOWN} 次：' * (len(kept) < len(lines))
+        drawn = [
+            (run.get('folder'), words) for words, run in map(done.__getitem__, kept) if run.get('epochs')
+        ]
+        drawn = [pair for pair in drawn if pair[0]]
+        self.__init__()
+        return '\n'.join([head, *(lines[place] + ' ★' * (place in best) for place in kept)]), drawn
+
+
+def item_words(item: dict) -> str:
+    """Return a run of 排队 in words: its number and its values."""
+    shorts = {long: short for short, long in reversed(NAMES.items())}
+    return ' '.join([f'{item["number"]}.', *(f'{shorts.get(k, k)} {v:g}' for k, v in item['values'].items())])
+
+
+class Rules:
+    """What 提醒 has said: which numbers of an epoch are to be told. Part of Trainer, and guarded as it is."""
+
+    MOST = 10
+
+    def __init__(self):
+        self.rules = []  # dicts: rule (name, sign, number), person (a key), told (number of a run, epoch)
+
+    def statement(self) -> tuple:
+        """Return the statement that remembers them."""
+        return set_setting('rules', self.rules)
+
+    def add(self, rule: list, person: Person, row: dict) -> str:
+        """Add a rule; return the answer. `row` are the numbers of the last epoch, by name."""
+        others = [each for each in self.rules if each['rule'] != rule]
+        if len(others) >= self.MOST:
+            return f'没有记下：最多 {self.MOST} 条，“提醒 清空”以后再写。'
+        self.rules = [*others, {'rule': rule, 'person': person.key, 'told': None}]
+        text = f'好，哪一轮 {rule_words(rule)} 了，就说一次。'
+        return text + f'注意：上一轮没有叫 {rule[0]} 的数。' * bool(row and value_in(row, rule[0]) is None)
+
+    def clear(self) -> str:
+        """Forget all; return the answer."""
+        self.rules = []
+        return '好，没有提醒了。'
+
+    def text(self) -> str:
+        """Return all of them."""
+        told = (f'（第 {rule["told"][1]} 轮说过了）' if rule['told'] else '' for rule in self.rules)
+        lines = [f'{rule_words(rule["rule"])}{note}' for rule, note in zip(self.rules, told)]
+        return '\n'.join(lines) or '没有提醒。例如 提醒 test_acc > 0.9。'
+
+    def come_true(self, run: dict) -> list:
+        """Return (person, text) for each that has come true in the last epoch of a run; once in a run."""
+        found, epoch = [], run['row']['epoch']
+        for each in self.rules:
+            (name, sign, number), told = each['rule'], each['told'] or [None]
+            value = value_in(run['row'], name)
+            if value is not None and told[0] != run.get('number') and SIGNS[sign](value, number):
+                each['told'] = [run.get('number'), epoch]
+                text = f'第 {epoch} 轮提醒：{rule_words(each["rule"])}，是 {value:.6g}'
+                found.append((people.by_key.get(each['person'], OWNER), text))
+        return found
+
+
+def rule_words(rule: list) -> str:
+    """Return a rule in words."""
+    return f'{rule[0]} {rule[1]} {rule[2]:g}'
+
+
+def value_in(row: dict, name: str) -> Optional[float]:
+    """Return one of the numbers of an epoch; phones write a capital where none is meant."""
+    return next((value for key, value in row.items() if key.lower() == name.lower()), None)
 
 
 class State(enum.Enum):
@@ -4201,6 +4435,7 @@ class Trainer:
         self.sent = {}  # id -> when it was given to the training process
         self.unheard = {}  # Person -> the last commands that changed something, the keys of their answers
         self.run = {}  # what is known of the last run: number, person, ending, folder, checkpoint, how_far
+        self.queue, self.rules = Queue(), Rules()
         self.told = {}  # what it has said when it called run(): handlers, values
         self.session = self.ending = self.restarting = False  # session: has the main thread logged in?
         self.asked = False  # has it called auto_login()?
@@ -4219,6 +4454,8 @@ class Trainer:
         own_params.update(memory.get('own_params', {}))
         look_for_runs()
         self.run = {**self.run, **next(iter(known_runs(1)), {})}
+        vars(self.queue).update(memory.get('queue', {}))
+        self.rules.rules = memory.get('rules', [])
         self.gone = memory.get('alive')
         output.read(memory.get('output'))
         memory.write(set_setting('alive', time.time()))
@@ -4358,6 +4595,8 @@ class Trainer:
         words = '发“继续”接着训练，或发“开始”从头训练' if kept else '发“开始”就从头训练'
         if resumes:
             return ['程序正在重新启动它，起来以后自己从检查点接着训练，不用扫码。']
+        if again and self.queue.current:
+            return ['程序正在重新启动它，起来以后自己接着做排队的训练，不用扫码。']
         if again:
             return [f'程序正在重新启动它，不用扫码；{words}。']
         if self.ending or self.process is None:
@@ -4403,6 +4642,8 @@ class Trainer:
     def end(self, stop: bool) -> None:
         """Let the process end, after `stop`ping its run or when that is over; wait for that."""
         with self.guard:
+            if not stop:
+                self.guard.wait_for(lambda: self.state is State.GONE or not (self.is_queued() or self.asks()))
             self.ending = True
             if self.state is not State.GONE:
                 self.line.send('end', stop=stop)
@@ -4476,15 +4717,21 @@ class Trainer:
         with self.guard:
             answer = too_old(order.text) if old else self.repeated(order, parsed)
             if not answer and len(parsed.commands) + bool(parsed.almost) == 1:
-                answer = self.own_answer(parsed.commands[0]) if parsed.commands else explain(parsed.almost)
+                said = [*parsed.commands, None][0]
+                answer = self.own_answer(said, order.person) if said else explain(parsed.almost)
+            if not answer and any(said.more == '全部' for said in parsed.commands):
+                self.queue.clear()
+            also = self.queue.statement(), self.rules.statement()
             if answer:
-                self.reply(order, [answer], [(*row, 0)])
-                return
-            memory.write((*row, 1), *forget_messages())
-            self.orders[order.id] = order
-            if self.state is State.READY:
-                self.hand_over(order)
-            elif self.state is State.GONE and not self.ending:
+                self.reply(order, [answer], [(*row, 0), *also])
+                self.move_on()
+            else:
+                memory.write((*row, 1), *also, *forget_messages())
+                self.orders[order.id] = order
+                if self.state is State.READY:
+                    self.hand_over(order)
+            wanted = self.orders or self.queue.waiting
+            if wanted and self.state is State.GONE and not self.ending:
                 self.start()
 
     def reply(self, order: Order, letters: Iterable, statements: Iterable) -> list:
@@ -4509,11 +4756,11 @@ class Trainer:
         before, keys = self.unheard.get(order.person, (None, ()))
         if said == before and mail.is_stuck(order.person, keys) and all(word != 'stop' for word, *_ in said):
             return f'“{order.text.strip()[:20]}”已经做过一次了，那时没能回答；没有再做。'
-        if not {word for word, *_ in said} <= SHOWING:
+        if not all(word in SHOWING or word in LISTING and not more for word, _, _, more in said):
             self.unheard[order.person] = said, ()  # its answer has no key yet
         return ''
 
-    def own_answer(self, said: Said) -> str:
+    def own_answer(self, said: Said, person: Person) -> str:
         """Return the answer to a command that the talking process carries out itself, else ''.
 
         That is what the training process cannot do while it is not there. Needs the guard.
@@ -4524,6 +4771,12 @@ class Trainer:
             return self.restart()
         if said.word == 'allow':
             return people.allow(*said.values)
+        if said.word in LISTING:
+            what = {'queue': self.queue, 'remind': self.rules}[said.word]
+            row = [self.run.get('row', {})] * (what is self.rules)
+            if said.more in (None, '清空'):
+                return what.clear() if said.more else what.text()
+            return what.add(said.more, person, *row)
         if said.word == 'programs':
             return programs.listed()
         if said.word == 'status' and self.state is not State.READY:
@@ -4538,8 +4791,18 @@ class Trainer:
 
     def known(self, said: Said) -> Any:
         """Return what the training process is told with a command, as JSON. Needs the guard."""
-        if said.word in ('plot', 'mistakes'):
-            return folder_of_run(said.number or 1)
+        if said.word == 'mistakes':
+            return folder_of_run(1)
+        if said.word == 'plot':
+            run = [*listed_runs()[(said.number or 1) - 1 :][:1], {}][0]
+            return (run['folder'], run.get('name', '')) if run else ''
+        if said.word in ('stop', 'rollback'):
+            return self.queue.at_stop(said)
+        if said.word == 'start':
+            return {'name': said.more or ''}
+        if said.word == 'compare':
+            runs = enumerate(listed_runs()[:8], 1)
+            return {'runs': [[run['folder'], f'{i}. {run_words(run)}'] for i, run in runs]}
         if said.word == 'status':
             return [last_run_text(self.run), machine.text]
         if said.word == 'log':
@@ -4551,6 +4814,57 @@ class Trainer:
         if self.process is None:
             return '这样启动的程序，打印的都在它自己那里，没有日志。'
         return output.text(number or 20, self.run.get('ending') in WRONG or self.state is State.GONE)
+
+    def move_on(self) -> None:
+        """Begin the next run of 排队, take up the one that was interrupted, or tell what came of all of them.
+
+        That is, if nothing is going on or is to be answered. Needs the guard.
+        """
+        queue, busy = self.queue, self.is_busy() or self.ending or self.restarting
+        if self.state is not State.READY or busy or self.asks():
+            return
+        if queue.current and queue.is_interrupted(self.run):
+            queue.current['tries'] += 1
+        else:
+            if queue.current:
+                queue.finish(self.run)
+            if queue.waiting and queue.errors < 2:
+                queue.current = {**queue.waiting.pop(0), 'run': None}
+            elif queue.done:
+                self.end_queue()
+                return
+        if queue.current:
+            self.begin_queued(queue.current)
+        self.guard.notify_all()
+
+    def begin_queued(self, item: dict) -> None:
+        """Have a run of 排队 begun, or gone on with. Needs the guard."""
+        person, number = people.by_key.get(item['person'], OWNER), f'queue {time.time_ns()}'
+        which = f'{item["number"]}/{self.queue.last()}'
+        path = self.run.get('checkpoint') if item['run'] is not None else None
+        if path and os.path.exists(path):
+            order = Order(number, person, '继续', path)
+            text, audience = f'第 {which} 次排队：从检查点接着训练', people.audience(person.key)
+            mail.put(*((each, text) for each in audience), also=[self.queue.statement()])
+        else:
+            known = {'queued': which, 'values': item['values']}
+            order = Order(number, person, '开始', known=known)
+            memory.write(self.queue.statement())
+        self.orders[order.id] = order
+        self.hand_over(order)
+
+    def end_queue(self) -> None:
+        """Tell what has come of the runs of 排队, and have their curves drawn. Needs the guard."""
+        person = people.by_key.get(self.queue.done[-1]['person'], OWNER)
+        text, drawn = self.queue.table()
+        audience = people.audience(person.key)
+        mail.put(*((each, text) for each in audience), also=[self.queue.statement()])
+        if drawn:
+            known = {'runs': drawn, 'losses': True}
+            order = Order(f'queue {time.time_ns()}', person, '对比', known=known)
+            self.orders[order.id] = order
+            self.hand_over(order)
+        self.guard.notify_all()
 
     def hand_over(self, order: Order) -> None:
         """Let the training process carry out a command. Needs the guard."""
@@ -4639,7 +4953,7 @@ class Trainer:
 
     def let_in(self) -> None:
         """Tell it that there is a session, and what it has to know."""
-        names = 'values', 'chosen', 'report_every', 'patience', 'own'
+        names = 'values', 'chosen', 'report_every', 'patience', 'own', 'lent'
         settings = {name: value for name in names if (value := memory.get(name)) is not None}
         folders = [(run['number'], run['folder']) for run in known_runs() if run.get('folder')]
         last = self.run.get('number', 0)
@@ -4658,6 +4972,7 @@ class Trainer:
                 self.tell_return(offer)
             for order in self.orders.values():
                 self.hand_over(order)
+            self.move_on()
             self.guard.notify_all()
 
     def tell_return(self, offer: str) -> None:
@@ -4678,6 +4993,8 @@ class Trainer:
             order = self.orders.pop(id, None)
             sent = self.sent.pop(id, None)
             letters = [Letter(**letter) for letter in letters]
+            queued = order is not None and order.known is not None
+            begins = queued and order.text == '开始' and self.queue.current
             if run.get('begun') and countdown.cancel() and letters:
                 letters[0] = letters[0]._replace(content=f'{letters[0].content}\n（“{options.then}”已取消）')
             if order is not None:
@@ -4687,7 +5004,14 @@ class Trainer:
                     self.run = {**({} if 'begun' in run else self.run), **run}
                     also.append(self.run_row())
                     self.keep_output(sent if 'begun' in run else None)
-                keys = self.reply(order, letters, also)
+                if begins:
+                    self.queue.took(run)
+                    letters, also = letters * bool(run), [*also, self.queue.statement()]
+                keys = self.reply(order, letters, also) if not queued else []
+                if queued:
+                    mail.put(*((p, x) for p in people.audience(order.person.key) for x in letters), also=also)
+                if queued or order.path:
+                    self.move_on()
                 if self.unheard.get(order.person) == (commands_of(order.text), ()):
                     self.unheard[order.person] = commands_of(order.text), keys
             self.guard.notify_all()
@@ -4702,9 +5026,18 @@ class Trainer:
             self.keep_output()
             self.saved |= 'checkpoint' in run
             self.progress |= bool(run)
-            mail.put(*pairs, also=[self.run_row()] if run else ())
-            if run.get('then') and options.then:
-                countdown.start(self.run.get('person'))
+            also = [self.run_row()] if run else []
+            if 'checkpoint' in run and self.queue.current and self.queue.current['tries']:
+                self.queue.current['tries'] = 0  # it gets somewhere between the interruptions
+                also.append(self.queue.statement())
+            for person, text in self.rules.come_true(self.run) if 'row' in run else ():
+                pairs += [(each, text) for each in dict.fromkeys((person, *audience))]
+                also.append(self.rules.statement())
+            mail.put(*pairs, also=also)
+            if 'then' in run:
+                self.move_on()
+                if run['then'] and options.then and not self.is_queued():
+                    countdown.start(self.run.get('person'))
             self.guard.notify_all()
 
     def keep_output(self, since: Optional[float] = None) -> None:
@@ -4717,6 +5050,14 @@ class Trainer:
             with contextlib.suppress(OSError):
                 folder = make_run_folder()
         output.follow(folder, since)
+
+    def asks(self) -> bool:
+        """Return whether what this process has asked for is not answered yet. Needs the guard."""
+        return any(order.known is not None or order.path for order in self.orders.values())
+
+    def is_queued(self) -> bool:
+        """Return whether a run of 排队 is going on or waits. Needs the guard."""
+        return bool(self.queue.waiting or self.queue.current)
 
     def run_row(self) -> tuple:
         """Return the statement that remembers what is known of the last run. Needs the guard."""
@@ -4825,7 +5166,8 @@ STANDING = {  # what a run that stands still does, where that is no batch
     Phase.ENDING: '没有动静，停在收尾',
 }
 WRONG = {each.value for each in (Ending.NAN, Ending.ERROR, Ending.BROKEN)}  # ends of a run
-SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'log'}  # what changes nothing
+SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'log', 'compare'}  # what changes nothing
+LISTING = {'queue', 'remind'}  # what changes nothing without anything behind it
 
 
 def known_runs(most: int = 1000) -> list:
@@ -4871,26 +5213,52 @@ def last_run_text(run: dict) -> str:
 def runs_text() -> str:
     """Return a line for each of the last eight runs; of those on the same data the best one is marked."""
     runs = listed_runs()[:8]
-    lines, best = [], {}
-    for place, run in enumerate(runs, 1):
-        ended = run['ending'] or '训练中'
-        first, (last, _, bs) = run.get('first_rate'), run.get('values') or (None, None, None)
-        rates = [f'{rate:g}' for rate in dict.fromkeys((first, last)) if rate is not None]
-        values = [f'lr {"→".join(rates)}'] * bool(rates) + [f'bs {bs}'] * bool(bs)
-        epoch, value = run.get('best') or (0, None)
-        demo = '演示数据，' * (run.get('data') == 'demo')
-        by, lower = run.get('best_by') or ('test_acc', False)
-        number = '' if value is None else f'，{value:.3f}' if by == 'test_acc' else f'，{by} {value:.4g}'
-        when = local_time(run['begun'])
-        lines.append(f'{place}. {when} {" ".join(values)}，{demo}{run.get("epochs", 0)} 轮{number}，{ended}')
-        if value is not None:
-            best.setdefault((demo, by, lower), []).append((-value if lower else value, -place))
-    if not lines:
+    if not runs:
         return '还没有训练过。'
-    for of_its_kind in best.values():
-        lines[-max(of_its_kind)[1] - 1] += ' ★'
+    best, lines = best_places(runs), []
+    for place, run in enumerate(runs):
+        demo = '演示数据，' * (run.get('data') == 'demo')
+        name = f'{run["name"]} ' if run.get('name') else ''
+        line = f'{place + 1}. {name}{local_time(run["begun"])} {rates_of(run)}，{demo}{outcome(run)}'
+        lines.append(line + ' ★' * (place in best))
     last = min(2, len(lines))
     return '\n'.join([*lines, f'“曲线 {last}”画第 {last} 次的。'])
+
+
+def rates_of(run: dict) -> str:
+    """Return the learning rates and the batch size of a run, in words."""
+    first, (last, _, bs) = run.get('first_rate'), run.get('values') or (None, None, None)
+    rates = [f'{rate:g}' for rate in dict.fromkeys((first, last)) if rate is not None]
+    return ' '.join([f'lr {"→".join(rates)}'] * bool(rates) + [f'bs {bs}'] * bool(bs))
+
+
+def run_words(run: dict) -> str:
+    """Return a run's name, or else its values."""
+    return run.get('name') or rates_of(run)
+
+
+def outcome(run: dict) -> str:
+    """Return what came of a run, in words."""
+    value = (run.get('best') or [0, None])[1]
+    by = (run.get('best_by') or ['test_acc'])[0]
+    number = '' if value is None else f'，{value:.3f}' if by == 'test_acc' else f'，{by} {value:.4g}'
+    return f'{run.get("epochs", 0)} 轮{number}，{run.get("ending") or "训练中"}'
+
+
+def merit(run: dict) -> float:
+    """Return how good a run was, the more the better; -inf where that was not measured."""
+    value = (run.get('best') or [0, None])[1]
+    return -math.inf if value is None else -value if (run.get('best_by') or [0, False])[1] else value
+
+
+def best_places(runs: list) -> set:
+    """Return which of runs, from 0, are the best: one for each kind of data and of number that decides."""
+    best = {}
+    for place, run in enumerate(runs):
+        kind = run.get('data') == 'demo', *(run.get('best_by') or ('test_acc', False))
+        if merit(run) > merit(runs[best[kind]] if kind in best else {}):
+            best[kind] = place
+    return set(best.values())
 
 
 def look_for_runs() -> None:
@@ -4959,6 +5327,7 @@ def facts_in(folder: str) -> dict:
         'folder': folder,
         'checkpoint': path if state else None,
         'data': state.get('data'),
+        'name': state.get('name', ''),
         'best_by': (by, lower),
         'best': best and best[::-1],
         'epochs': len(rows),
@@ -4971,7 +5340,7 @@ def facts_in(folder: str) -> dict:
 
 def commands_of(text: str) -> list:
     """Return what a text asks for, in a form that can be compared."""
-    return [(said.word, said.number, said.values) for said in parse(text).commands]
+    return [(said.word, said.number, said.values, said.more) for said in parse(text).commands]
 
 
 def done(number: str) -> tuple:
@@ -5373,7 +5742,6 @@ import gc
 import gzip
 import importlib.util
 import inspect
-import operator
 import statistics
 import zlib
 
@@ -6803,7 +7171,8 @@ def chat_inf(
         check_finite(loss)
     with lock:
         report = run.finish_epoch(epoch, loss, accuracy, test_acc, numbers)
-        run.tell(*[report] * run.is_due(), **run.facts())
+        row = {**values_of(run.history.rows[-1]), 'epoch': run.epochs}
+        run.tell(*[report] * run.is_due(), **run.facts(), row=row)
         if run.has_no_patience_left():
             run.patience = settings.patience
             run.enter(Phase.ENDING, Ending.EARLY)
@@ -7156,6 +7525,7 @@ class Losses:
     """
 
     POINTS = 10000
+    RECENT, TIMES, HIGH = 100, 3, 50  # see jump()
 
     def __init__(self, points=(), size=1, rest=(0, 0, 0), last=None):
         self.points = list(points)  # pairs: epochs done by then (2.5 is amid the third), mean loss
@@ -7163,6 +7533,8 @@ class Losses:
         self.rest = rest  # of the next point: batches so far, the sums of both numbers
         self.last = last  # the loss of the last batch
         self.of_epoch = len(self.points)  # where those of this epoch begin
+        self.recent, self.ordered = collections.deque(), []  # the last hundred; the same, by size
+        self.high = 0  # batches in a row that stood high above them
 
     def add(self, epochs: float, loss: float) -> None:
         """Keep the loss of a batch, after which so many epochs were done."""
@@ -7177,6 +7549,21 @@ class Losses:
             self.points = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in pairs]
             self.size *= 2
             self.of_epoch //= 2
+
+    def jump(self, loss: float) -> Optional[float]:
+        """Return the median of the last hundred when this is the fiftieth loss in a row that is above three
+        times that; those of such a row are not among the hundred until then."""
+        half = self.RECENT // 2
+        median = sum(self.ordered[half - 1 : half + 1]) / 2 if len(self.ordered) == self.RECENT else 0
+        self.high = self.high + 1 if 0 < self.TIMES * median < loss else 0
+        if self.high == self.HIGH:
+            return median
+        if math.isfinite(loss) and not self.high:
+            if len(self.ordered) == self.RECENT:
+                del self.ordered[bisect.bisect_left(self.ordered, self.recent.popleft())]
+            self.recent.append(loss)
+            bisect.insort(self.ordered, loss)
+        return None
 
     def spread(self, epochs: int) -> None:
         """Lay those of the epoch with which so many are done evenly: nobody has counted its batches."""
@@ -7389,6 +7776,8 @@ class Run:
     def __init__(self, person: 'Optional[Caller]' = None):
         self.person = person  # who started it
         self.number, self.data = 0, data_name()  # of all runs in this folder; what it trains with
+        self.name, self.queued = '', ''  # 开始 小学习率; its number among those of 排队, '2/3'
+        self.jumped = False  # was it told that its loss has jumped?
         self.begun = time.time()  # by which it is known, wherever its folder goes
         self.learning_rate, self.training_iters = learning_rate, training_iters
         self.batch_size, self.seed = batch_size, options.seed  # a resumed run keeps its own
@@ -7431,6 +7820,7 @@ class Run:
         self.learning_rate, self.training_iters, self.batch_size = state['params']
         self.seed, self.losses, self.number = state['seed'], state['losses'], state['run']
         self.data, self.marks, self.begun = state['data'], state['marks'], state['begun']
+        self.name, self.queued = state.get('name', ''), state.get('queued', '')
         self.history = History(state['history'], *state['best_by'])
         self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
         self.unfinished, self.proven, self.rate = self.batch, state['proven'], state['rate']
@@ -7445,6 +7835,8 @@ class Run:
             'epoch': int(epoch),
             'sums': [*parts_of(train_loss), *parts_of(train_acc)],
             'data': data_name(),
+            'name': self.name,
+            'queued': self.queued,
             'seed': self.seed,
             'run': self.number,
             'begun': self.begun,
@@ -7655,9 +8047,28 @@ class Run:
         """Keep the loss of a batch that is being computed."""
         batch = self.walk.done + 1 if self.walk else len(self.losses.points) - self.losses.of_epoch + 1
         self.losses.add(self.epochs + batch / max(self.batches, batch + (self.walk is None)), loss)
+        median = None if self.jumped else self.losses.jump(loss)
+        if median is not None:
+            self.jumped = True
+            self.tell(f'{self.place(batch)}：{self.jump_in_words(median)}')
         if not self.steps:
             self.rate = self.learning_rate
         self.clock.last = time.monotonic()
+
+    def jump_in_words(self, median: float) -> str:
+        """Return that the loss has jumped, and what 回退 would do."""
+        text = f'损失跳升，{Losses.HIGH} 批都高于平时（{median:.4g}）的 {Losses.TIMES} 倍，'
+        text += f'现在 {self.losses.last:.4g}{self.label()}\n'
+        if not self.has_best():
+            return text + '“回退”还没有地方可回：有过一轮、量过好坏以后才有'
+        best = self.history.best
+        where = f'最好的第 {best.epoch} 轮（{in_words(self.history, best)}）'
+        return f'{text}发“回退”会停下，回到{where}；再发“继续”从那里接着训练'
+
+    def label(self) -> str:
+        """Return what the run is called, in brackets; '' when nobody has called it anything."""
+        names = [self.name] * bool(self.name) + [f'排队 {self.queued}'] * bool(self.queued)
+        return f'（{"，".join(names)}）' * bool(names)
 
     def is_cut_short(self) -> bool:
         """Return whether 停止 came in the middle of a pass over the training data."""
@@ -7692,7 +8103,7 @@ class Run:
         self.enter(Phase.TRAINING)
         self.note_place()
         lines = [
-            f'第 {row.epoch}/{self.length()} 轮',
+            f'第 {row.epoch}/{self.length()} 轮{self.label()}',
             *measured(row),
             *[f'学习率 {row.learning_rate:.4g}'] * self.scheduled,
             *self.forgotten(),
@@ -7778,6 +8189,7 @@ class Run:
         first = self.history.rows[0].learning_rate if self.history.rows else self.learning_rate
         about['first_rate'] = first if self.first_rate is None else self.first_rate
         numbers = {'epochs': len(self.history.rows), 'best': found, 'best_lines': self.best_lines()}
+        about['name'] = self.name
         return {**about, 'how_far': self.how_far(), **numbers}
 
     def status(self, last: str = '', machine: str = '') -> str:
@@ -7828,6 +8240,7 @@ class Run:
             lines = [f'训练出错，已结束（主机 {socket.gethostname()}）', *error_lines(error), self.how_far()]
         elif self.reason is Ending.EARLY:
             lines[0] = f'训练完成：{self.patience} 轮没有更好，早停了'
+        lines[0] += self.label()
         lines += self.best_lines()
         kept = self.checkpoint and os.path.exists(self.checkpoint)
         if kept and (error is not None or self.epochs_done() < self.training_iters):
@@ -7853,6 +8266,7 @@ class Run:
             {**row.numbers, 'lr': row.learning_rate} if self.scheduled else row.numbers for row in rows
         ]
         kept = {'losses': self.losses.points[:], 'marks': self.marks[:], 'data': self.data}
+        kept.update(name=self.name, queued=self.queued)
         return {**kept, 'history': rows, 'numbers': numbers}
 
     def curve(self) -> Callable:
@@ -7938,10 +8352,15 @@ PHASES = {
 CLOSING = {Ending.STOPPED: '训练已停止'}
 
 
+def values_of(row: Row) -> dict:
+    """Return what was measured in an epoch, by name."""
+    values = {'loss': row.loss, 'train_acc': row.train_acc, 'test_acc': row.test_acc, **row.numbers}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def measured(row: Row, short: bool = False) -> list:
     """Return what was measured in an epoch, in words, a line each; both accuracies in one if `short`."""
-    values = {'loss': row.loss, 'train_acc': row.train_acc, 'test_acc': row.test_acc, **row.numbers}
-    values = {name: value for name, value in values.items() if value is not None}
+    values = values_of(row)
     lines = [f'{TITLES.get(name, name)} {value:{FORMATS.get(name, ".4g")}}' for name, value in values.items()]
     if short and {'train_acc', 'test_acc'} <= set(values):
         both = f'精度：训练 {row.train_acc:.3f}，测试 {row.test_acc:.3f}'
@@ -7995,7 +8414,7 @@ def trying(what: str, function: Callable) -> Callable:
 def values_now() -> str:
     """Return the values as they stand for the next run. Needs the lock."""
     own = {name: settings.own.get(name, own_params[name][3]) for name in own_params}
-    return values_text(learning_rate, training_iters, batch_size, own)
+    return values_text(*map(settings.standing, LIMITS), own)
 
 
 def data_note() -> str:
@@ -8075,7 +8494,14 @@ def font(size: float) -> Any:
 
 
 def draw_curve(
-    path: str, history: list, losses: list, marks: Iterable = (), numbers: Iterable = (), data: str = ''
+    path: str,
+    history: list,
+    losses: list,
+    marks: Iterable = (),
+    numbers: Iterable = (),
+    data: str = '',
+    name: str = '',
+    queued: str = '',
 ) -> None:
     """Draw losses, accuracies and a person's own numbers over the epochs, as a PNG for a phone.
 
@@ -8092,8 +8518,9 @@ def draw_curve(
     words, marks = labels_of(marks, end), list(marks)
     lanes = 1 + max((lane for lane, _, _ in words), default=-1)
     heights = [0.25 * lanes] * bool(lanes) + [2.85] * (1 + measured) + [1.7] * len(own)
-    figure = Figure(figsize=(5, 0.8 + sum(heights)), dpi=160, layout='constrained')
-    figure.suptitle(curve_title(rows, measured, data), fontproperties=font(13))
+    title = label_in_picture(name, queued) + curve_title(rows, measured, data)
+    figure = Figure(figsize=(5, 0.8 + 0.25 * title.count('\n') + sum(heights)), dpi=160, layout='constrained')
+    figure.suptitle(title, fontproperties=font(13))
     panels = list(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     if lanes:
         draw_labels(panels.pop(0), words, lanes)
@@ -8114,6 +8541,44 @@ def draw_curve(
         values = np.array([row.get(name, np.nan) for row in numbers], float)
         draw_lines(axes, title, rows[0], [('tab:purple', '-', values, '')], wild=True)
     figure.savefig(path, format='png')
+
+
+def draw_comparison(path: str, runs: list, losses: bool = False) -> None:
+    """Draw the test accuracies of several runs, pairs (words, rows), as a PNG for a phone.
+
+    Where no run has one, or with `losses` beside them, the losses.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    tested = any(row.test_acc for _, rows in runs for row in rows)
+    panels = [('test_acc', in_picture('测试精度', 'test accuracy'))] * tested
+    panels += [('loss', in_picture('损失', 'loss'))] * (losses or not tested)
+    height = 0.8 + 2.85 * len(panels) + 0.22 * len(runs)
+    figure = Figure(figsize=(5, height), dpi=160, layout='constrained')
+    for axes, (name, title) in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels):
+        axes.set_prop_cycle(color=colormaps['tab10'].colors)
+        values = [np.array([getattr(row, name) for row in rows], float) for _, rows in runs]
+        for i, (words, rows) in enumerate(runs):
+            style = ('o' if len(rows) <= 40 else '') + ('-', '--')[i % 2]
+            how = {'markersize': 5, 'label': in_picture(words) or str(i + 1)}
+            axes.plot([row.epoch for row in rows], values[i], style, **how)
+        axes.set_title(title, loc='left', fontproperties=font(12))
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=11)
+        fit(axes, *values, wild=name == 'loss')
+    axes.set_xlabel(in_picture('轮', 'epoch'), fontproperties=font(12))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc='outside lower left', prop=font(12), frameon=False)
+    figure.savefig(path, format='png')
+
+
+def label_in_picture(name: str, queued: str) -> str:
+    """Return a line with what a run is called, if it is called anything that a picture can say."""
+    words = [in_picture(name)] + [in_picture(f'排队 {queued}', f'queue {queued}')] * bool(queued)
+    return '  '.join(filter(None, words)) + '\n' * any(words)
 
 
 def curve_title(rows: np.ndarray, measured: bool, data: str) -> str:
@@ -8545,12 +9010,29 @@ class Settings:
         self.report_every, self.patience = 1, 0
         self.own = {}  # what was set of chat_param()'s values
         self.best_by = ('test_acc', False)  # of runs to come: see best_by()
+        self.lent = {}  # what stood before the values that a run of 排队 brings; the next 开始 has it again
+
+    def lend(self, values: dict) -> None:
+        """Set the values that only the next run is to have; those of the one before are over."""
+        self.put(self.lent)
+        self.lent = {name: globals()[name] if name in LIMITS else self.own.get(name) for name in values}
+        self.put(values)
+
+    def put(self, values: dict) -> None:
+        """Set values; None: as the script has it."""
+        globals().update({name: value for name, value in values.items() if name in LIMITS})
+        self.own.update({name: value for name, value in values.items() if name not in LIMITS})
+        self.own = {name: value for name, value in self.own.items() if value is not None}
+
+    def standing(self, name: str) -> Any:
+        """Return one of the three values as it stands for the next 开始."""
+        return globals()[name] if run.busy else self.lent.get(name, globals()[name])
 
     def kept(self) -> dict:
         """Return what is to be remembered."""
-        values = {name: globals()[name] for name in LIMITS if name in self.touched}
+        values = {name: self.lent.get(name, globals()[name]) for name in LIMITS if name in self.touched}
         own = {'chosen': sorted(self.chosen), 'report_every': self.report_every, 'patience': self.patience}
-        return {'values': values, 'own': dict(self.own), **own}
+        return {'values': values, 'own': dict(self.own), 'lent': dict(self.lent), **own}
 
     def adopt(self, kept: dict) -> None:
         """Go by what was remembered."""
@@ -8621,13 +9103,18 @@ class Commands:
         refusal = is_busy()
         if refusal:
             return refusal
+        how = asked.known or {}
+        settings.lend(how.get('values', {}))
         this_run = Run(asked.person)
         self.runs_so_far += 1
         this_run.number = self.runs_so_far
+        this_run.name, this_run.queued = how.get('name', ''), how.get('queued', '')
         self.begin(this_run)
         waiting = missing_processes()
         note = waiting and '\n' + waiting
-        return f'{data_note()}开始训练\n设备 {device()}{note}\n{run.values()}'
+        which = f'第 {run.queued} 次排队：' * bool(run.queued) + data_note()
+        named = f'（{run.name}）' * bool(run.name)
+        return f'{which}开始训练{named}\n设备 {device()}{note}\n{run.values()}'
 
     def resume(self, asked: Asked) -> str:
         """Go on from the last checkpoint, or silently from the one that is asked for."""
@@ -8640,7 +9127,7 @@ class Commands:
             return '没有可以继续的训练，发“开始”从头训练。'
         mine = learning_rate, training_iters, batch_size
         lr, ti, bs = (
-            value if name in settings.chosen else kept
+            value if name in settings.chosen and name not in settings.lent else kept
             for name, value, kept in zip(LIMITS, mine, state['params'])
         )
         if state['epochs'] >= ti and not asked.path:
@@ -8676,11 +9163,12 @@ class Commands:
 
     def stop(self, asked: Optional[Asked] = None) -> str:
         """Let the run end after the batch that it is at."""
+        note = '\n' + asked.known if asked and asked.known else ''
         if run.is_going() or run.phase is Phase.ENDING and run.reason is Ending.EARLY:
             run.enter(Phase.ENDING, Ending.STOPPED)
             self.news = {'stopping': True}
-            return '好，这一批算完就停。'
-        return '已经在停了，请等结束报告。' if run.busy else '现在没有训练，发“开始”就开始。'
+            return '好，这一批算完就停。' + note
+        return ('已经在停了，请等结束报告。' if run.busy else '现在没有训练，发“开始”就开始。') + note
 
     def rollback(self, asked: Asked) -> str:
         """Go back to the best epoch: the next 继续 goes on from there."""
@@ -8689,7 +9177,7 @@ class Commands:
         if not run.has_best():
             return '没有可以回去的检查点：有过一轮、量过好坏以后才有。训练接着做。'
         run.rolling_back = True
-        return f'{self.stop()}\n停下以后回到最好的一轮。'
+        return f'{self.stop(asked)}\n停下以后回到最好的一轮。'
 
     # -- what can be asked for
 
@@ -8705,8 +9193,28 @@ class Commands:
             return run.curve() if drawable else '还没有可画的：训练开始后再发“曲线”。'
 
         def picture():
-            found, path = read_run(asked.known), os.path.join(asked.known, 'curve.png')
+            folder, name = asked.known
+            found, path = read_run(folder), os.path.join(folder, 'curve.png')
+            found.name = found.name or name
             write_whole(path, functools.partial(draw_curve, **found.drawn()))
+            return Letter(path, 'picture')
+
+        return trying('图没有画成', picture)
+
+    def compare(self, asked: Asked) -> Any:
+        """Draw what the last runs, or those of 排队, have come to."""
+
+        def picture():
+            runs = []
+            for folder, words in asked.known['runs']:
+                with contextlib.suppress(OSError, ValueError):
+                    with open(os.path.join(folder, 'log.csv'), encoding='utf-8', errors='replace') as f:
+                        runs.append((words, History.read(f.read())))
+            if not runs:
+                return '还没有可比的：有过一轮以后才有。'
+            path = os.path.join(RUNS, 'compare.png')
+            losses = asked.known.get('losses', False)
+            write_whole(path, functools.partial(draw_comparison, runs=runs, losses=losses))
             return Letter(path, 'picture')
 
         return trying('图没有画成', picture)
@@ -8782,14 +9290,16 @@ class Commands:
         relative = text[0] in 'x*/'
         if name in own_params:
             settings.own[name] = read_value(name, text)
+            settings.lent.pop(name, None)
             return [f'{name} = {settings.own[name]}'] if running else []
         if name == 'learning_rate' and relative and running and run.scheduled:
             factor = read_value(name, text, 1.0)
             run.scale *= factor
             run.marks.append((run.epochs_done(), f'lr x{factor:g}'))
             return [f'lr：scheduler 给的学习率从下一批起乘 {run.scale:g}']
-        old = learning_rate
+        old = settings.standing('learning_rate')
         globals()[name] = read_value(name, text, old)
+        settings.lent.pop(name, None)
         settings.chosen.add(name)
         settings.touched.add(name)
         answer = [f'lr：{old:g} → {learning_rate:g}'] if relative else []
@@ -8798,9 +9308,9 @@ class Commands:
     def alone(self, asked: Asked) -> str:
         """Say that a command is the talking process's, which carries it out only by itself."""
         self.wrong = True
-        return '“重启”“取消”“允许”“程序”请单独发一条。'
+        return '“重启”“取消”“允许”“程序”“排队”“提醒”请单独发一条。'
 
-    cancel = restart = allow = programs = alone
+    cancel = restart = allow = programs = queue = remind = alone
 
 
 def is_busy() -> str:
