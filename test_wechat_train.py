@@ -1530,7 +1530,7 @@ def test_a_quotation_without_a_reply_is_no_command():
     assert result('停止\n- - - - - -\n开始') == []
 
 
-SMALL_TALK = """
+TALKED_SMALL = """
 今天晚上吃什么？ / lr这个参数怎么选比较好 / 停一下我去吃饭 / 开始下雨了 / 开始吃饭了吗 / 状态不好
 取消关注 / 帮助我 / 继续吗 / start it / ti amo / Stop the car / help me please / stop it / start now
 Help me! / stop, please / cancel that / 开始吃饭 / 别停止 / lr 0.1 吗 / bs 你 / 0.1 / startle
@@ -1565,7 +1565,7 @@ lr 0.1 0.2 0.3 0.4 / lr 0.1 ti amo / ti 3 然后开始
 记录变多了 / 开始100天 / 停止lr / 开始上lr / bs 5 开会 / ti 3 比赛开始 / lr 0.1 开始下降 / 曲线 2 号线
 状态 5 颗星 / 停 3 天 / 停 5 / 停5分钟
 """
-SMALL_TALK = [text for line in SMALL_TALK.strip().split('\n') for text in line.split(' / ')]
+SMALL_TALK = [text for line in TALKED_SMALL.strip().split('\n') for text in line.split(' / ')]
 
 
 def test_small_talk():
@@ -5592,7 +5592,7 @@ def test_a_folder_that_cannot_be_written_costs_the_picture_alone(images, tmp_pat
     assert '检查点没有写成' in output and '以前写的还在' not in output
 
 
-NUMBERS = """
+WEIGHTED = """
     time.sleep(1)
     itchat.instance.receive('状态')
     train_acc = train_loss = 0
@@ -5610,7 +5610,7 @@ NUMBERS = """
 def test_numbers_are_those_of_what_was_trained(tmp_path):
     """A last batch of one image weighs as one; a rate set in the test is not the epoch's; loading counts."""
     head = 'from mxnet import nd\nutils.training_iters = 1'
-    output = in_terminal(tmp_path, NUMBERS, '开始\n', head=head)
+    output = in_terminal(tmp_path, WEIGHTED, '开始\n', head=head)
     assert float(re.search('载入数据、准备网络\n已用 (.*) 秒', output)[1]) >= 1
     assert '完成 0/1 轮，第 1 轮到第 4/4 批\n现在：测试' in output
     assert f'损失 {180 / 91:.4g}\n训练精度 {90 / 91:.3f}\n' in output

@@ -5317,7 +5317,6 @@ def facts_in(folder: str) -> dict:
     best = (min if lower else max)(measured, key=lambda pair: pair[0], default=None)
     rates = [float(row['learning_rate']) for row in rows]
     lr, ti, bs = state.get('params') or (None, None, None)
-    path = os.path.join(folder, 'last.zip')
     whole = state and state.get('epochs', 0) >= ti and not state['batch']
     return {
         'number': state.get('run', 0),
@@ -5325,7 +5324,7 @@ def facts_in(folder: str) -> dict:
         'copied': state.get('folder', name) != name,
         'ending': (Ending.DONE if whole else Ending.BROKEN).value,
         'folder': folder,
-        'checkpoint': path if state else None,
+        'checkpoint': os.path.join(folder, 'last.zip') if state else None,
         'data': state.get('data'),
         'name': state.get('name', ''),
         'best_by': (by, lower),
@@ -8509,7 +8508,6 @@ def draw_curve(
     each row of `history`. What is None, NaN or zero in every epoch was not measured and gets no panel.
     """
     from matplotlib.figure import Figure  # takes half a second, so not before it is needed
-    from matplotlib.ticker import MaxNLocator
 
     rows = np.array([row[:4] for row in history], float).reshape(-1, 4).T
     own = sorted({name for row in numbers for name in row})[:8]
@@ -8524,14 +8522,7 @@ def draw_curve(
     panels = list(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     if lanes:
         draw_labels(panels.pop(0), words, lanes)
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=11)
-        for epochs, _ in marks:
-            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8, alpha=min(1, 20 / len(marks)))
-    panels[-1].set_xlim(-0.02 * end, 1.03 * end)
-    panels[-1].set_xlabel(in_picture('轮', 'epoch'), fontproperties=font(12))
-    panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    draw_axes(panels, end, [epochs for epochs, _ in marks])
     draw_losses(panels.pop(0), losses, *rows[:2])
     if measured:
         names = in_picture('训练', 'train'), in_picture('测试', 'test')
@@ -8541,6 +8532,20 @@ def draw_curve(
         values = np.array([row.get(name, np.nan) for row in numbers], float)
         draw_lines(axes, title, rows[0], [('tab:purple', '-', values, '')], wild=True)
     figure.savefig(path, format='png')
+
+
+def draw_axes(panels: list, end: float, marks: list) -> None:
+    """Draw the grids, the epochs below, up to `end`, and a dashed line at each of `marks`."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=11)
+        for epochs in marks:
+            axes.axvline(epochs, color='gray', linestyle='--', linewidth=0.8, alpha=min(1, 20 / len(marks)))
+    panels[-1].set_xlim(-0.02 * end, 1.03 * end)
+    panels[-1].set_xlabel(in_picture('轮', 'epoch'), fontproperties=font(12))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def draw_comparison(path: str, runs: list, losses: bool = False) -> None:
