@@ -4314,8 +4314,8 @@ class Queue:
         """Return whether the current one is to be taken up again; `run`: what is known of the last run."""
         if self.current['tries'] >= self.TRIES or self.current['run'] not in (None, run.get('number')):
             return False
-        by_program = run.get('ending') == Ending.STOPPED.value and not run.get('stopping')
-        return self.current['run'] is None or by_program or run.get('ending') == Ending.BROKEN.value
+        cut_off = run.get('ending') in (Ending.STOPPED.value, Ending.BROKEN.value) and not run.get('stopping')
+        return self.current['run'] is None or cut_off  # not by a person
 
     def took(self, run: dict) -> None:
         """The current one was begun, as `run`; or not, because a person's came first: then it waits again."""
@@ -4410,7 +4410,8 @@ def rule_words(rule: list) -> str:
 
 def value_in(row: dict, name: str) -> Optional[float]:
     """Return one of the numbers of an epoch; phones write a capital where none is meant."""
-    return next((value for key, value in row.items() if key.lower() == name.lower()), None)
+    alike = [value for key, value in row.items() if key.lower() == name.lower()]
+    return row.get(name, [*alike, None][0])
 
 
 class State(enum.Enum):
@@ -4734,8 +4735,7 @@ class Trainer:
                 self.orders[order.id] = order
                 if self.state is State.READY:
                     self.hand_over(order)
-            wanted = self.orders or self.queue.waiting
-            if wanted and self.state is State.GONE and not self.ending:
+            if (not answer or self.queue.waiting) and self.state is State.GONE and not self.ending:
                 self.start()
 
     def reply(self, order: Order, letters: Iterable, statements: Iterable) -> list:
