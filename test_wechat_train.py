@@ -3548,6 +3548,304 @@ def test_a_full_disk_does_not_cost_the_memory(wechat, tmp_path):
         subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
+# --------------------------------------------------- the machine, what was printed, the last run
+
+TAKING_MEMORY = """
+    import numpy as np
+    from mxnet import gluon
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd')
+    utils.load_checkpoint(net, trainer)
+    utils.lock_start()
+    utils.chat_inf(wechat_name, 1, 1, 1, [0], 0.5)
+    utils.save_checkpoint(net, trainer, 1, 0, 0, {'large': np.zeros(2**17)})
+    held = b''
+    while utils.lock_start():
+        wanted = int(open('hold').read()) if os.path.exists('hold') else 0
+        if wanted != len(held):
+            held = b''
+            held = b'x' * wanted
+        time.sleep(0.01)
+"""
+NVML = """
+import json, pynvml
+from types import SimpleNamespace
+
+def read(gpu):
+    assert gpu == 3
+    with open('gpu.json') as f:
+        return SimpleNamespace(**json.load(f))
+
+pynvml.nvmlInit = lambda: None
+pynvml.nvmlDeviceGetHandleByIndex = lambda number: number
+pynvml.nvmlDeviceGetUtilizationRates = pynvml.nvmlDeviceGetMemoryInfo = read
+pynvml.nvmlDeviceGetTemperature = lambda gpu, kind: read(gpu).heat
+""" + QUICK.replace('sys.argv =', "utils.gpu_number = lambda: '3'\nsys.argv =")
+
+
+def put(path, content):
+    """Write a file that somebody reads meanwhile."""
+    path.with_suffix('.new').write_text(content)
+    os.replace(path.with_suffix('.new'), path)
+
+
+def amounts(text):
+    """Return the amounts in a text, in bytes."""
+    return [
+        float(number) * {'MB': 2**20, 'GB': 2**30}[unit]
+        for number, unit in re.findall(r'([\d.]+) ([MG]B)', text)
+    ]
+
+
+def until_told(wechat, pattern, true):
+    """Ask 状态 until true(what the pattern finds in the answer), as it is a second old; return the answer."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        status = wechat.ask('状态')
+        found = re.search(pattern, status)
+        if found and true(*found.groups()):
+            return status
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
+
+
+def file_number(path, pattern):
+    with open(path) as f:
+        return int(re.search(pattern, f.read(), re.M)[1])
+
+
+def test_the_state_of_the_machine(wechat, tmp_path):
+    """Its numbers are the system's own; a GPU that is too hot is told once, and again after it was not."""
+    gpu = {'gpu': 7, 'used': 8 << 20, 'total': 9 << 20}
+    put(tmp_path / 'gpu.json', json.dumps({**gpu, 'heat': 61}))
+    script = own_script(tmp_path, TAKING_MEMORY)
+    with Program(tmp_path, env=wechat.env(), script=script, before=NVML) as program:
+        wechat.ready()
+        wechat.ask('开始')
+        wechat.wait_text('第 1/')
+        trainer = f'/proc/{trainer_of(program)}/status'
+
+        def near(memory, disk, load):
+            used, left, total = amounts(memory)
+            kilobytes = file_number('/proc/meminfo', r'^MemAvailable: +(\d+)')
+            room = os.statvfs(tmp_path)
+            return (
+                used == pytest.approx(file_number(trainer, r'VmRSS:\s+(\d+)') * 1024, rel=0.05)
+                and (left == pytest.approx(kilobytes * 1024, rel=0.05) or total < os.sysconf('SC_PHYS_PAGES'))
+                and amounts(disk)[0] == pytest.approx(room.f_bavail * room.f_frsize, rel=0.05)
+                and float(load) == pytest.approx(os.getloadavg()[0], abs=0.3)
+            )
+
+        lines = (
+            r'内存：训练的进程 (.*)\n磁盘还剩 (.*)，负载 ([\d.]+)/\d+ 核\nGPU 使用率 7%，显存 8/9 MB，61 °C'
+        )
+        assert len(until_told(wechat, lines, near).split('\n')) < 20
+        for heat, times in ((91, 1), (99, 1), (89, 1), (91, 1), (60, 1), (95, 2)):
+            put(tmp_path / 'gpu.json', json.dumps({**gpu, 'heat': heat}))
+            until_told(wechat, rf'，({heat}) °C', lambda _: True)
+            if heat > 90:
+                wechat.wait(lambda n=times: sum('GPU 太热了' in text for text in wechat.heard()) >= n)
+            assert sum('GPU 太热了' in text for text in wechat.heard()) == times
+        assert any('GPU 太热了：95 °C（主机 ' in text for text in wechat.heard())
+        assert file_number(f'/proc/{program.process.pid}/status', r'VmHWM:\s+(\d+)') < 60 * 1024
+        with open(f'/proc/{program.process.pid}/maps') as f:
+            assert 'numpy' not in f.read()
+
+
+@pytest.fixture
+def small_group():
+    """A control group whose processes have 900 MB together: its folder, the name of its file of use."""
+    version_1 = os.path.isdir('/sys/fs/cgroup/memory')
+    folder = f'/sys/fs/cgroup{"/memory" * version_1}/test-{os.getpid()}'
+    limit, used = ('limit_in_bytes', 'usage_in_bytes') if version_1 else ('max', 'current')
+    try:
+        os.mkdir(folder)
+        with open(f'{folder}/memory.{limit}', 'r+') as f:
+            f.write(f'{900 << 20}')
+    except OSError:
+        pytest.skip('no control group can be made here')
+    yield folder, f'memory.{used}'
+    deadline = time.monotonic() + DEADLINE
+    while os.path.exists(folder):
+        assert time.monotonic() < deadline
+        with contextlib.suppress(OSError):  # somebody is still in it
+            os.rmdir(folder)
+        time.sleep(0.05)
+
+
+def test_warnings_come_before_the_death(wechat, tmp_path, small_group):
+    """Of memory that runs out in a control group, of a disk: once, and again after it was good."""
+    group, used = small_group
+    (tmp_path / 'runs').mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=9m', 'none', str(tmp_path / 'runs')]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('nothing can be mounted here')
+
+    def join():
+        with open(f'{group}/cgroup.procs', 'w') as f:
+            f.write(str(os.getpid()))
+
+    def left():
+        files = max(map(int, re.findall(r'inactive_file (\d+)', open(f'{group}/memory.stat').read())))
+        return (900 << 20) - int(open(f'{group}/{used}').read()) + files
+
+    def told(words):
+        return [text for text in wechat.heard() if words in text]
+
+    try:
+        script = own_script(tmp_path, TAKING_MEMORY)
+        with Program(tmp_path, env=wechat.env(), script=script, preexec_fn=join):
+            wechat.ready()
+            wechat.ask('开始')
+            wechat.wait_text('第 1/')
+            memory = r'内存：.*还剩 (.*)/900 MB'
+            until_told(wechat, memory, lambda text: amounts(text) == [pytest.approx(left(), abs=20 << 20)])
+            held = left() - (60 << 20)
+            put(tmp_path / 'hold', str(held - (110 << 20)))
+            until_told(wechat, memory, lambda text: 90 << 20 < amounts(text)[0] < 230 << 20)
+            assert not told('内存快用完了')  # a tenth of it is left
+            for times in (1, 2):
+                put(tmp_path / 'hold', str(held))
+                wechat.wait(lambda n=times: len(told('内存快用完了')) >= n)
+                put(tmp_path / 'hold', str(held + (20 << 20)))  # it goes on, and is not told again
+                until_told(wechat, memory, lambda text: amounts(text)[0] < 52 << 20)
+                put(tmp_path / 'hold', '0')
+                until_told(wechat, memory, lambda text: amounts(text)[0] > 200 << 20)
+                assert len(told('内存快用完了')) == times
+            [(mine, rest, whole)] = [amounts(text) for text in told('内存快用完了')[:1]]
+            assert whole == 900 << 20 and rest < 90 << 20 and held < mine < 900 << 20
+            [checkpoint] = tmp_path.glob('runs/*/last.zip')
+            for times in (1, 2):
+                room = os.statvfs(tmp_path / 'runs')
+                fill = room.f_bavail * room.f_frsize - 2 * checkpoint.stat().st_size
+                (tmp_path / 'runs' / 'fill').write_bytes(bytes(fill))
+                wechat.wait(lambda n=times: len(told('磁盘快满了')) >= n)
+                assert amounts(told('磁盘快满了')[-1])[0] == pytest.approx(
+                    2 * checkpoint.stat().st_size, rel=0.5
+                )
+                (tmp_path / 'runs' / 'fill').unlink()
+                until_told(wechat, '磁盘还剩 (.*)，', lambda text: amounts(text)[0] > 5 << 20)
+                assert len(told('磁盘快满了')) == times
+            assert not told('没有了')
+    finally:
+        subprocess.run(['umount', '-l', str(tmp_path / 'runs')], check=True)
+
+
+PRINTING_MUCH = """
+    lines = [f'{"é" * (n % 90)} line {n}' for n in range(150)]
+    for line in lines:
+        print(line)
+    print('a bar 1%\\ra bar 50%\\r\\x1b[31ma bar 100%\\x1b[0m')
+    print('colu\\tmn', 'see https://me:password@host/path?skey=1&sid=2')
+    utils.lock_start()
+    if MODE == 'dies':
+        print('last words, no end of line', end='', flush=True)
+        os.kill(os.getpid(), 9)
+    utils.chat_inf(wechat_name, 1, 1, 1, [0], 0.5)
+    if MODE == 'fails':
+        def even(n):
+            odd(n - 1) if n else [].remove('the first')
+        def odd(n):
+            even(n - 1)
+        try:
+            even(30)
+        except ValueError:
+            utils.accuracy(nd.zeros((2, 3)), nd.zeros(5))
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_last_lines_that_were_printed(wechat, tmp_path):
+    """In memory and on the disk, after an error all of it, after each kind of death; and nothing secret."""
+    head = "from mxnet import nd\nMODE = open('mode').read()"
+    script, mode = own_script(tmp_path, PRINTING_MUCH, head=head), tmp_path / 'mode'
+    mode.write_text('fails')
+    printed = [f'{"é" * (n % 90)} line {n}' for n in range(150)]
+    printed += ['a bar 100%', 'colu    mn see https://...@host/path?...']
+
+    def run(pattern):
+        so_far = len(wechat.heard())
+        wechat.ask('开始')
+        return wechat.wait_text(pattern, since=so_far)
+
+    def whole(text):
+        """Ask for lines; return them, put together again."""
+        so_far = len(wechat.heard())
+        first = wechat.ask(text)
+        parts = int((re.match(r'（1/(\d+)）', first) or [0, 1])[1])
+        wechat.wait(lambda: len(wechat.heard()) >= so_far + parts)
+        return '\n'.join(re.sub(r'\A（\d+/\d+）\n', '', part) for part in wechat.heard()[so_far:]).split('\n')
+
+    with Program(tmp_path, env=wechat.env(), script=script) as program:
+        wechat.ready()
+        assert wechat.ask('日志') == '还没有打印过什么。'
+        told = run('训练出错')
+        assert re.search(r'ValueError: 精度.*\nown\.py 第 \d+ 行：utils\.accuracy\(nd.*\n完成', told)
+        lines = whole('log 3')  # all of both tracebacks
+        assert lines[0] == 'Traceback (most recent call last):' and len(lines) > 60
+        assert lines[-1].startswith('ValueError: 精度') and 'During handling' in '\n'.join(lines)
+        [log] = tmp_path.glob('runs/*/output.log')
+        assert (
+            log.read_text().split('\n')[:-1] == [*printed, *lines]
+            and stat.S_IMODE(log.stat().st_mode) == 0o600
+        )
+        assert 'skey' in program.output() and '已发送给' in program.output()
+        mode.write_text('')
+        wechat.ask('重启')
+        wechat.wait_text('照“重启”结束了')
+        run('训练完成')
+        assert whole('日志') == printed[-20:] and whole('日誌 2') == printed[-2:]
+        assert whole('log 101') == ['（最多 100 行）', *printed[-100:]]
+        assert whole('日志 3\n参数')[:3] == printed[-3:]
+        mode.write_text('dies')
+        wechat.ask('重启')
+        wechat.wait(lambda: sum('照“重启”结束了' in text for text in wechat.heard()) == 2)
+        run('SIGKILL')
+        assert whole('日志 2')[-1] == 'last words, no end of line'
+        logs = sorted(tmp_path.glob('runs/*/output.log'))
+        assert [log.read_text().count('last words') for log in logs] == [0, 0, 1]
+        program.kill()
+    wechat.receiving = 0
+    with Program(tmp_path, env=wechat.env(), script=script):
+        wechat.ready()
+        assert whole('日志 1') == ['last words, no end of line']
+
+
+def test_after_a_restart_it_is_the_last_run_that_is_spoken_of(wechat, images, tmp_path):
+    with Program(tmp_path, '--data', images, env=wechat.env()) as program:
+        wechat.ready()
+        wechat.ask('ti 2 lr 0.1 bs 100')
+        wechat.ask('开始')
+        end = wechat.wait_text('训练完成')
+        wechat.wait_picture()
+        pictures = []
+        for text in ('曲线', '错图'):
+            so_far = len(wechat.heard())
+            wechat.says('B', text)
+            pictures.append(wechat.wait_picture(since=so_far))
+        program.kill()
+    [folder] = tmp_path.glob('runs/*')
+    for name in ('curve.png', 'mistakes.png'):
+        (folder / name).unlink()
+    wechat.receiving = 0
+    with Program(tmp_path, '--data', images, env=wechat.env()) as program:
+        wechat.ready()
+        for text, before in zip(('曲线', '错图'), pictures):
+            so_far = len(wechat.heard())
+            wechat.says('B', text)
+            assert np.array_equal(wechat.wait_picture(since=so_far), before)
+        status = wechat.ask('状态').split('\n')
+        assert status[0] == '空闲' and re.fullmatch(
+            r'上次，\d\d-\d\d \d\d:\d\d：完成 2/2 轮，完成', status[1]
+        )
+        assert status[2] == re.search('最好的.*', end)[0]
+        os.kill(trainer_of(program), signal.SIGSTOP)  # 状态 of a process that cannot answer
+        so_far = len(wechat.heard())
+        wechat.ask('重启')
+        assert '完成 2/2 轮' in wechat.ask('状态')
+
+
 # ------------------------------------------------------------------------------ the terminal is a chat
 
 PRINTING = """
@@ -5201,6 +5499,27 @@ def test_a_copy_of_a_run_is_no_run(tmp_path):
     shutil.copytree(copied, elsewhere / 'runs' / folder.name)
     output = in_terminal(elsewhere, RESUMABLE, '记录\nti 4\n继续\n', head='STOP = None')
     assert output.count(' 轮，1.000，') == 2 and '继续训练\n完成 1/4 轮，第 2 轮到第 5/20 批' in output
+    shutil.rmtree(copied)
+    folder.rename(tmp_path / 'runs' / 'another name')
+    output = in_terminal(tmp_path, RESUMABLE, '记录\n曲线 1\nti 5\n继续\n', head='STOP = None')
+    assert '\n2. ' not in output and '图片：runs/another name/' in output and '完成 5/5 轮' in output
+
+
+def test_a_copy_of_everything_leaves_the_original_alone_and_goes_on(tmp_path):
+    """Also one with the memory of an earlier version, which knew less of a run."""
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    first.mkdir()
+    in_terminal(first, RESUMABLE, 'ti 2 bs 20\n开始\n', head='STOP = 2, 4')
+    with contextlib.closing(sqlite3.connect(first / '.wechat_train.db')) as db:
+        [[facts]] = db.execute('SELECT facts FROM run')
+        kept = {name: json.loads(facts)[name] for name in ('folder', 'checkpoint', 'kept', 'how_far')}
+        db.execute('UPDATE run SET begun = begun + 0.25, facts = ?', (json.dumps(kept),))
+        db.commit()
+    shutil.copytree(first, second)
+    [before] = [path.read_bytes() for path in first.glob('runs/*/last.zip')]
+    output = in_terminal(second, RESUMABLE, '继续\n记录\n曲线 1\n', head='STOP = None')
+    assert '完成 2/2 轮' in output and '\n2. ' not in output and '图片：runs/' in output
+    assert [path.read_bytes() for path in first.glob('runs/*/last.zip')] == [before]
 
 
 def test_a_run_that_was_killed_after_an_earlier_end_is_no_complete_one(wechat, tmp_path):
@@ -5270,6 +5589,7 @@ def test_a_folder_that_cannot_be_written_costs_the_picture_alone(images, tmp_pat
         program.wait_output('训练完成')
         output = program.types('错图\n曲线\n')[1]
     assert '错图没有画成' in output and '曲线图没有画成' in output and '图片：' not in output
+    assert '检查点没有写成' in output and '以前写的还在' not in output
 
 
 NUMBERS = """
@@ -5357,18 +5677,15 @@ def test_a_lowered_end_is_the_end(tmp_path):
     assert 'ti：这次训练到第 2 轮为止' in output and '完成 2/2 轮' in output
 
 
-def test_the_load_is_that_of_the_gpu_that_trains(tmp_path, monkeypatch):
-    """CUDA_VISIBLE_DEVICES renames them for MXNet, not for nvidia-smi."""
-    program = tmp_path / 'nvidia-smi'
-    program.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\necho 7, 8, 9\n')
-    program.chmod(0o755)
-    monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
-    for visible, number in (('2', '2'), ('3,GPU-f0', '3'), (None, '0')):
+def test_the_gpu_is_the_one_that_trains(monkeypatch):
+    """CUDA_VISIBLE_DEVICES renames them for MXNet, not for NVML; without a GPU nothing is said of one."""
+    assert utils.gpu_number() == '' and (shutil.which('nvidia-smi') or utils.gpu_now('0') == ([], None))
+    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 1)
+    for visible, number in (('2', '2'), ('GPU-f0, 3', 'GPU-f0'), (None, '0')):
         monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
         if visible:
             monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
-        assert utils.gpu_state() == '\nGPU 使用率 7%，显存 8/9 MB'
-        assert f'--id={number} ' in (tmp_path / 'asked').read_text()
+        assert utils.gpu_number() == number
 
 
 @pytest.mark.parametrize(
@@ -5482,6 +5799,157 @@ def test_ninety_thousand_epochs_do_not_make_the_end_of_one_long(tmp_path):
             *[(str(epoch), '') for epoch in (1, 2, 3)],
             ('4', '0.5'),
         ]
+
+
+def test_what_others_keep_in_runs_and_a_lost_memory_keep_nobody_out(tmp_path):
+    """And NaN is never the best: neither as it comes nor as the files tell it."""
+    script = """
+    for epoch, accuracy in enumerate((math.nan, 0.25, 0.5), 1):
+        utils.lock_start()
+        utils.chat_inf(wechat_name, epoch, 1, 1, [0], accuracy)
+    utils.lock_end(wechat_name)
+    """
+    in_terminal(tmp_path, script, '开始\n', head='import math')
+    for name in ('log.csv', 'last.zip'):
+        (tmp_path / 'runs' / name[:3]).mkdir()
+    (tmp_path / 'runs' / 'log' / 'log.csv').write_text('step,loss\n1,2\n')
+    with zipfile.ZipFile(tmp_path / 'runs' / 'las' / 'last.zip', 'w') as z:
+        z.writestr('run.json', '{"epoch": 1}')
+    for path in tmp_path.glob('.wechat_train.db*'):
+        path.unlink()
+    assert '，3 轮，0.500，中断 ★\n“曲线 1”' in in_terminal(tmp_path, script, '记录\n', head='import math')
+
+
+STEPPING = """
+    from mxnet import autograd, gluon, lr_scheduler, nd
+    utils.best_by('rmse', lower=True)
+    net = gluon.nn.Dense(1, in_units=1, use_bias=False)
+    net.initialize()
+    halves = lr_scheduler.FactorScheduler(step=3, factor=0.5, base_lr=1)
+    how = {'learning_rate': 1, 'lr_scheduler': halves}
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', how)
+    for epoch in (1, 2):
+        utils.lock_start()
+        for batch in utils.progress(range(4)):
+            before = net.weight.data().asnumpy()
+            with autograd.record():
+                output = net(nd.ones((1, 1)))
+            output.backward()
+            trainer.step(1)
+            used = (before - net.weight.data().asnumpy()).round(3).item()
+        print('USED', used, flush=True)
+        utils.chat_inf(wechat_name, epoch, 1, None, [0], rmse=epoch * 2e-5)
+        if epoch == 2:
+            itchat.instance.receive('记录')
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_the_rate_that_is_told_is_the_one_a_scheduler_gave_the_step(tmp_path):
+    output = in_terminal(tmp_path, STEPPING, '开始\n')
+    used = re.findall('USED (.*)', output)
+    assert used == ['0.5', '0.25'] == re.findall(r'学习率 (\d.*)', output)
+    [log] = tmp_path.glob('runs/*/log.csv')
+    assert [row['learning_rate'] for row in csv.DictReader(log.read_text().split('\n'))] == used
+    # not with the 0.5 of 参数, which this Trainer never had
+    assert 'lr 1→0.25 bs 256，2 轮，rmse 2e-05，训练中 ★' in output
+
+
+def test_what_is_said_of_the_rate_where_a_scheduler_decides(tmp_path):
+    """After a NaN and at 继续."""
+    script = STEPPING.replace(
+        '    for epoch in (1, 2)',
+        '    first = utils.load_checkpoint(net, trainer)[0]\n    for epoch in range(first, 3)',
+    ).replace(
+        '    utils.lock_end',
+        """        utils.save_checkpoint(net, trainer, epoch, 0, 0)
+        utils.batch_loss(nd.array([math.nan]))
+    utils.lock_end""",
+    )
+    output = in_terminal(tmp_path, script, 'lr 0.3\n开始\n', head='import math', status=1)
+    assert '可以试试“继续”，再发 lr x0.1' in output
+    output = in_terminal(tmp_path, script, '继续\n', head='import math', status=1)
+    assert '继续训练\n完成 1/2 轮\n设备 CPU\n学习率 lr = 0.5\n' in output and 'USED 0.25' in output
+
+
+KEEPING = """
+    from mxnet import autograd, gluon, nd
+    import mxnet as mx
+    net = gluon.nn.Sequential()
+    net.add(gluon.nn.Dense(1, in_units=1), *[gluon.nn.Dense(1)] * (WHAT == 'unused'))
+    places = [mx.cpu(0), mx.cpu(1)]
+    net.initialize(ctx=places)
+    trainer = gluon.Trainer(net[0].collect_params(), 'sgd', {'learning_rate': 0.001})
+    extra = {'state': random.Random(5).getstate(), 'deep': [{'average': mx.np.ones(2)}, nd.ones(2)]}
+    extra['own'] = {'array': 1, 'of': [np.float32(0.5), None, np.array([{}])][:3 if WHAT == 'objects' else 2]}
+    if WHAT == 'resumed':
+        extra = {}
+    epoch, loss, acc = utils.load_checkpoint(net, trainer, extra)
+    random.setstate(extra['state'])
+    print('EXTRA', random.random(), extra['deep'], extra['own'], flush=True)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        for batch in utils.progress(range(2)):
+            with autograd.record():
+                losses = [net[0](nd.ones((1, 1), ctx=place)) for place in places]
+            autograd.backward(losses)
+            trainer.step(2)
+        numbers = {} if epoch == 3 else {'count': epoch}
+        utils.chat_inf(wechat_name, epoch, 1, None, [0], seconds=1000, number=77, loss=3, **numbers)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, loss, acc, extra)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_checkpoint_keeps_what_it_is_given_or_says_so(tmp_path):
+    """On two devices; parameters that were never computed; tuples, numpy's numbers, names that are taken."""
+    for what, why in (
+        ('unused', 'DeferredInitializationError'),
+        ('objects', 'TypeError: extra：ndarray 存不了'),
+    ):
+        head = f'import random\nimport numpy as np\nWHAT = {what!r}\nutils.best_by("count")'
+        output = in_terminal(tmp_path, KEEPING, '开始\n', head=head)
+        assert '完成 2/2 轮' in output and f'检查点没有写成：{why}' in output
+    whole = head.replace('objects', 'whole')
+    output = in_terminal(tmp_path, KEEPING, '开始\n', head=whole)
+    resumed = in_terminal(tmp_path, KEEPING, 'ti 3\n继续\n', head=whole.replace('whole', 'resumed'))
+    assert '完成 3/3 轮\n最好的count 2（第 2 轮）' in resumed
+    kept = r'EXTRA (?:.|\n)*?(?=\n第 )'
+    assert re.search(kept, output)[0] == re.search(kept, resumed)[0]
+    *_, log = sorted(tmp_path.glob('runs/*/log.csv'))
+    rows = list(csv.DictReader(log.read_text().split('\n')))
+    assert [(row['number'], row['loss'], row['loss_'], row['number_']) for row in rows] == [
+        (str(i), '1.0', '3.0', '77.0') for i in (1, 2, 3)
+    ]
+    assert all(float(row['seconds']) < 1000 for row in rows)
+
+
+LEFT = """
+    from mxnet import gluon, nd
+    net = gluon.nn.Dense(1, in_units=1)
+    net.initialize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': params[0]})
+    epoch, loss, acc = utils.load_checkpoint(net, trainer)
+    while utils.lock_start() and epoch <= utils.params()[1]:
+        batches = utils.progress(range(4))
+        for batch in batches:
+            trainer.step(1, ignore_stale_grad=True)
+            loss += 1
+            if (epoch, batch) == (STOP, 2):
+                itchat.instance.receive('停止')
+            if batch == 2:
+                break
+        utils.chat_inf(wechat_name, epoch, loss, None)
+        epoch, loss, acc = utils.save_checkpoint(net, trainer, epoch, loss, 0)
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_a_pass_that_is_left_has_ended_though_a_variable_keeps_it(tmp_path):
+    output = in_terminal(tmp_path, LEFT, '早停 3\nti 2\n开始\n', head="STOP = 2\nutils.best_by('rmse', True)")
+    assert '第 1/2 轮\n损失 1\n' in output and '好，rmse 3 轮没有更好' in output
+    assert '训练已停止\n完成 1/2 轮，第 2 轮到第 3/4 批' in output
+    output = in_terminal(tmp_path, LEFT.replace('batch == 2:', 'False:'), '继续\n', head='STOP = None')
+    assert '第 2/2 轮\n损失 1\n' in output and '训练完成\n完成 2/2 轮\n' in output
 
 
 PLANNED = """
@@ -6108,6 +6576,83 @@ SEEN_AT_THE_END = {
     'SCHEDULED': see_scheduled,
     'ESTIMATOR': see_estimator,
 }
+
+
+ASKING = """
+    while utils.lock_start() and utils.run.epochs < utils.params()[1]:
+        print('VALUES', *[utils.chat_param(name, *how) for name, how in ASKED.items()], flush=True)
+        utils.chat_inf(wechat_name, utils.run.epochs + 1, 1, None, [0])
+    utils.lock_end(wechat_name)
+"""
+
+
+def test_values_by_chat_are_those_the_script_has_now(tmp_path):
+    """Another kind or other limits count; what is no longer asked for is forgotten; no digit is lost."""
+
+    def asks(typed, **asked):
+        return in_terminal(tmp_path, ASKING, typed, head=f'ASKED = {asked}')
+
+    asks('ti 1\n开始\n', steps=(1,), rate=(0.5,), gone=(3,))
+    assert 'steps = 12345678\n' in asks('steps 12345678\nrate 0.25\n', steps=(1,))
+    output = asks('开始\n', steps=(1.0, 0, 10), rate=(1,))
+    assert 'VALUES 1.0 1\n' in output  # those that were set do not fit any more
+    output = asks('帮助\nsteps 0.5\nsteps 11\nrate 0.5\n', steps=(1.0, 0, 10))
+    assert 'steps 1.0：' in output and 'steps = 0.5\n' in output and 'gone' not in output
+    assert '不行：steps 要是不小于 0、不大于 10 的数' in output and '不行：rate 要是不小于 0 的整数' in output
+
+
+FITTING = """
+    from mxnet.gluon.contrib.estimator import estimator
+    class Handler(utils.ChatHandler):
+        def train_begin(self, *args, **kwargs):
+            super().train_begin(*args, **kwargs)
+
+        def batch_end(self, *args, **kwargs):
+            print('BATCH', flush=True)
+            return super().batch_end(*args, **kwargs)
+
+    net = gluon.nn.Dense(6)
+    net.initialize()
+    outputs = gluon.nn.Sequential()
+    outputs.add(net, gluon.nn.HybridLambda(lambda F, x: x.reshape((-1, 2, 3))))
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.1})
+    loss = gluon.loss.SoftmaxCrossEntropyLoss(axis=1)
+    est = estimator.Estimator(outputs, loss, Accuracy(axis=1), trainer=trainer)
+    est.logger.setLevel('ERROR')
+    est.fit(LOADER, LOADER, epochs=2, event_handlers=[Handler(wechat_name)])
+"""
+
+LOADING_ONCE = """
+import mxnet as mx
+from mxnet import gluon, nd
+X = nd.random.normal(shape=(60, 4))
+LOADER = gluon.data.DataLoader(gluon.data.ArrayDataset(X, X[:, :3] > 0), 16)  # the last batch is smaller
+tested = 0
+
+class Accuracy(mx.metric.Accuracy):
+    def update(self, *args):
+        global tested
+        super().update(*args)
+        tested += 'validation' in self.name
+        if tested == 6 and 'validation' in self.name:
+            itchat.instance.receive('状态')
+            itchat.instance.receive('停止')
+"""
+
+
+def test_an_estimator_whatever_it_is_given(tmp_path):
+    """One loader to train and to test with, used again; its own metric counts; ti by chat."""
+    script = own_script(tmp_path, FITTING, WITH_OPTIONS, LOADING_ONCE)
+    with Program(tmp_path, '--console', script=script) as program:
+        program.process.stdin.write('ti 3\n开始\n')
+        program.process.stdin.flush()
+        program.wait_output('训练已停止')
+        assert '训练中：完成 1/3 轮，第 2 轮到第 4/4 批\n现在：测试\n' in program.output()
+        assert '训练已停止\n完成 2/3 轮\n' in program.output() and program.output().count('BATCH') == 8
+        program.types('ti 4\n继续\n')
+    output = program.output()
+    assert '继续训练\n完成 2/4 轮' in output and '训练完成\n完成 4/4 轮' in output
+    assert output.count('BATCH') == 16 and re.search(r'第 4/4 轮\n损失 .*\n训练精度 0\.\d+\n测试精度', output)
 
 
 # ----------------------------------------------------------------------------------------- its files
@@ -7759,7 +8304,7 @@ def test_back_to_the_best_epoch(wechat, tmp_path, busy):
             wechat.says('B', '', MsgType=3)
             told = wechat.wait_text('回到了', since=so_far)
         else:
-            assert '也可以先发“回退”，回到最好的第 2 轮' in wechat.wait_text('训练停下了')
+            assert '也可以先发“回退”，回到存下来的最好的一轮' in wechat.wait_text('训练停下了')
             told = wechat.ask('回退')
         assert told == '回到了第 2 轮（测试精度 0.900），发“继续”从那里接着训练。'
         answer = wechat.ask('继续')
@@ -9230,7 +9775,7 @@ def test_files_are_utf8_and_the_terminal_is_what_it_is(wechat, tmp_path):
     [folder] = (tmp_path / 'runs').iterdir()
     assert ',no UTF-8: \\udcff,召回率\n' in (folder / 'log.csv').read_text(encoding='utf-8')
     assert [(run['number'], run['ending']) for run in remembered_runs(tmp_path)] == [(1, '出错')]
-    assert utils.read_checkpoint(str(folder / 'last.zip'))['numbers'][0]['召回率'] == 0.25
+    assert utils.read_checkpoint(str(folder / 'last.zip'))['history'][0].numbers['召回率'] == 0.25
 
 
 @pytest.mark.parametrize('encoding, terminal', [('gbk', True), ('iso-8859-1', False), ('utf-8', True)])

@@ -5,7 +5,7 @@ line, trains. Read from top to bottom:
 
     the half that talks: two processes -> what is said -> the options -> what is remembered -> people
         -> what can be said -> outgoing mail -> clients (Terminal, WeChat, FileHelper)
-        -> several programs, one login -> the training process
+        -> several programs, one login -> the training process -> what it prints, what is left of the machine
     the door: the talking process never comes back from `import utils`
     the half that trains: before MXNet -> the command line -> data -> device, accuracy -> its speed
         -> several processes (class Team) -> what a training loop calls -> class Run -> its files
@@ -15,13 +15,14 @@ The first half knows no network and no run, only what it was told of one; the se
 no contacts. Between them is one Line, and on it itchat's interface.
 
 In the talking process the main thread logs in and receives (clients), two threads send (Mail), one
-listens to the training process and starts it again (Trainer), one prints (Printer), one watches for a run
-that stands still; where several programs have one login, see Programs and Joined. In the training process
-the main thread runs nn_train, one listens on the line and carries out commands, one draws.
+listens to the training process and starts it again (Trainer), two read what it prints (Output), one prints
+(Printer), one watches for a run that stands still, one looks at the machine (Machine); where several programs
+have one login, see Programs and Joined. In the training process the main thread runs nn_train, one listens on
+the line and carries out commands, one draws.
 
-Lock order, talking: `trainer.guard` before `programs.guard` before `people.guard`, `mail.changed` or a
-client's `echo`, of which no two are held together, and `memory.guard` last. Training: `lock` (the run, the
-values) before the line's.
+Lock order, talking: `trainer.guard` before `programs.guard` before `people.guard`, `mail.changed`,
+`output.guard` or a client's `echo`, of which no two are held together, and `memory.guard` last. Training:
+`lock` (the run, the values) before the line's.
 """
 
 import sys
@@ -364,7 +365,16 @@ def print_traceback() -> None:
 
     They hold the session's secrets.
     """
-    sys.stderr.write(re.sub(r'\?\S*=\S*', '?...', traceback.format_exc()))
+    sys.stderr.write(without_queries(traceback.format_exc()))
+
+
+def without_queries(text: str) -> str:
+    """Return a text without the queries of addresses, and without the passwords in them.
+
+    >>> without_queries('GET https://me:secret@host/path?skey=1&sid=2 failed')
+    'GET https://...@host/path?... failed'
+    """
+    return re.sub(r'(?<=://)[^\s/@]+(?=@)', '...', re.sub(r'\?\S*=\S*', '?...', text))
 
 
 def first_line(error: BaseException) -> str:
@@ -1468,6 +1478,7 @@ COMMANDS = {
     'mistakes': Command('错图', '认错的测试图'),
     'runs': Command('记录', '最近几次训练，比一比'),
     'compare': Command('对比', '最近几次画在一张图里'),
+    'log': Command('日志', '程序最后打印的几行', ' 20', optional=True),
     'programs': Command('程序', '合用这个微信的有哪些程序'),
     'rollback': Command('回退', '回到最好的一轮'),
     'queue': Command('排队', '排队 lr 0.1, 0.05：一次接一次', more=' lr 0.1, 0.05'),
@@ -1483,7 +1494,7 @@ COMMANDS = {
 }
 GROUPS = {  # of the help
     '训练': ('start', 'queue', 'stop', 'resume', 'rollback', 'restart'),
-    '查看': ('status', 'plot', 'mistakes', 'runs', 'compare', 'params', 'programs'),
+    '查看': ('status', 'plot', 'mistakes', 'runs', 'compare', 'log', 'params', 'programs'),
     '打扰多少': ('report', 'quiet', 'remind', 'patience', 'cancel', 'allow'),
 }
 HELP = '\n'.join(
@@ -1499,7 +1510,7 @@ own_params = {}  # what the running script lets set besides: name -> kind, small
 
 def help_text() -> str:
     """Return what 帮助 says."""
-    own = [f'{name} {default:g}：训练函数自己的值' for name, (*_, default) in own_params.items()]
+    own = [f'{name} {default}：训练函数自己的值' for name, (*_, default) in own_params.items()]
     return '\n'.join([HELP, *own])
 
 
@@ -1509,15 +1520,13 @@ def limits_of(name: str) -> tuple:
         return LIMITS[name]
     kind, smallest, largest, default = own_params[name]
     what = '整数' if kind == 'int' else '数'
-    between = [f'不小于 {smallest:g}'] * (smallest > -math.inf) + [f'不大于 {largest:g}'] * (
-        largest < math.inf
-    )
+    between = [f'不小于 {smallest}'] * (smallest > -math.inf) + [f'不大于 {largest}'] * (largest < math.inf)
     limits = '、'.join(between) + ' 的' * bool(between)
     return (
         (int if kind == 'int' else float),
         smallest,
         largest,
-        f'{name} 要是{limits}{what}，例如 {name} {default:g}',
+        f'{name} 要是{limits}{what}，例如 {name} {default}',
     )
 
 
@@ -1559,8 +1568,8 @@ DASHES = re.compile(r'(?m)^[^\S\n]*(?:[-–—─][^\S\n]*){3,}$')  # between wh
 MENTION = re.compile(r'\A\s*[@＠](?:[^\u2005\n]*\u2005|\S+\s)')  # WeChat puts U+2005 behind the name
 ENDS = '.!?~,;:"\'。、⋯〜·•・–—―─′'  # beside brackets, quotation marks and emoji, which have categories
 PLAIN = str.maketrans(
-    '開繼續狀態線綫錯圖記紀錄參數報靜幫學習輪啟啓訓練暫終進結復隊對測試損‐‑‒–—―−⁄×÷',
-    '开继续状态线线错图记记录参数报静帮学习轮启启训练暂终进结复队对测试损-------/x/',
+    '開繼續狀態線綫錯圖記紀錄誌參數報靜幫學習輪啟啓訓練暫終進結復隊對測試損‐‑‒–—―−⁄×÷',
+    '开继续状态线线错图记记录志参数报静帮学习轮启启训练暂终进结复队对测试损-------/x/',
 )
 
 BETWEEN = r'[\s=:,;、。]'
@@ -1910,7 +1919,7 @@ def manner_text(report_every: int, patience: int) -> str:
 
 def values_text(lr: float, ti: int, bs: int, own: Optional[dict] = None) -> str:
     """Return the three values in words, and those of the training function's own."""
-    more = ''.join(f'\n{name} = {value:g}' for name, value in (own or {}).items())
+    more = ''.join(f'\n{name} = {value}' for name, value in (own or {}).items())
     return f'学习率 lr = {lr:g}\n轮数 ti = {ti}\n批量 bs = {bs}{more}'
 
 
@@ -4225,32 +4234,17 @@ class Order(NamedTuple):
     text: str
     path: str = ''  # to go on from this checkpoint, without an answer if that works
     typed: bool = False  # beside a chat: to be answered in the terminal
-    known: Any = None  # of 排队: in known()'s place; all who hear of its runs get the answer
+    known: Any = None  # of 排队: in Trainer.known()'s place; all who hear of its runs get the answer
 
     def words(self) -> dict:
         """Return what the training process is told, with what the memory knows of the runs asked for."""
         parsed = parse(self.text)
         commands = [
-            {**said._asdict(), 'known': known(said) if self.known is None else self.known}
+            {**said._asdict(), 'known': trainer.known(said) if self.known is None else self.known}
             for said in parsed.commands
         ]
         who = {'person': self.person.key, 'name': self.person.name}
         return {'id': self.id, **who, 'commands': commands, 'almost': parsed.almost, 'path': self.path}
-
-
-def known(said: Said) -> Any:
-    """Return what the training process has to know besides of a command."""
-    if said.word in ('stop', 'rollback'):
-        return trainer.queue.at_stop(said)
-    if said.word == 'start':
-        return {'name': said.more or ''}
-    if said.word == 'compare':
-        runs = enumerate(listed_runs()[:8], 1)
-        return {'runs': [[run['folder'], f'{i}. {run_words(run)}'] for i, run in runs]}
-    if said.word == 'plot' and said.number:
-        run = [*listed_runs()[said.number - 1 : said.number], {}][0]
-        return run.get('folder', ''), run.get('name', '')
-    return runs_text() if said.word == 'runs' else ''
 
 
 class Queue:
@@ -4464,6 +4458,7 @@ class Trainer:
         vars(self.queue).update(memory.get('queue', {}))
         self.rules.rules = memory.get('rules', [])
         self.gone = memory.get('alive')
+        output.read(memory.get('output'))
         memory.write(set_setting('alive', time.time()))
         sql = 'SELECT id, person, text, written FROM message WHERE waiting ORDER BY rowid'
         for number, key, text, written in memory.rows(sql):
@@ -4570,6 +4565,7 @@ class Trainer:
         if going and not resumes:
             self.run.update(ending=Ending.BROKEN.value, ended=time.time())
             statements.append(self.run_row())
+            self.keep_output()
         text = '\n'.join(lines)
         audience = people.audience(self.run.get('person') if going else None, owner=True)
         mail.put(*((person, text) for person in audience), also=statements)
@@ -4785,13 +4781,40 @@ class Trainer:
             return programs.listed()
         if said.word == 'status' and self.state is not State.READY:
             return self.status_without_it()
-        if said.word == 'runs':
-            return runs_text()
+        if said.word in ('runs', 'log'):
+            return self.known(said)
         if said.word == 'plot' and said.number and not folder_of_run(said.number):
             return f'记录里只有 {len(listed_runs())} 次训练。'
         if self.state is State.GONE and said.word in ('params', 'help'):
             return self.values() if said.word == 'params' else help_text()
         return ''
+
+    def known(self, said: Said) -> Any:
+        """Return what the training process is told with a command, as JSON. Needs the guard."""
+        if said.word in ('stop', 'rollback'):
+            return self.queue.at_stop(said)
+        if said.word == 'start':
+            return {'name': said.more or ''}
+        if said.word == 'compare':
+            runs = enumerate(listed_runs()[:8], 1)
+            return {'runs': [[run['folder'], f'{i}. {run_words(run)}'] for i, run in runs]}
+        if said.word == 'plot':
+            place = said.number or 1
+            folder = folder_of_run(place)
+            return folder and [folder, listed_runs()[place - 1].get('name', '')]
+        if said.word == 'mistakes':
+            return folder_of_run(1)
+        if said.word == 'status':
+            return [last_run_text(self.run), machine.text]
+        if said.word == 'log':
+            return self.log_text(said.number)
+        return runs_text() if said.word == 'runs' else ''
+
+    def log_text(self, number: Optional[int]) -> str:
+        """Return what 日志 says: after an error, the whole of that. Needs the guard."""
+        if self.process is None:
+            return '这样启动的程序，打印的都在它自己那里，没有日志。'
+        return output.text(number or 20, self.run.get('ending') in WRONG or self.state is State.GONE)
 
     def move_on(self) -> None:
         """Begin the next run of 排队, take up the one that was interrupted, or tell what came of all of them.
@@ -4887,11 +4910,11 @@ class Trainer:
         lines = [
             '训练的进程' + ('正在启动，命令会等它' if starting else '没有在运行，“开始”或“继续”会启动它')
         ]
-        if self.run:
-            lines += [f'上次：{self.run.get("how_far", "")}']
-            if self.run.get('checkpoint'):
-                lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
-        return '\n'.join([*lines, self.values(), f'主机 {socket.gethostname()}'])
+        lines.append(last_run_text(self.run))
+        if self.run.get('checkpoint'):
+            lines.append(f'检查点在 {shown(self.run["checkpoint"])}（{self.run["kept"]}）')
+        lines += [self.values(), f'主机 {socket.gethostname()}', machine.text]
+        return '\n'.join(filter(None, lines))
 
     def facts(self) -> dict:
         """Return what 程序 tells of this program: what it runs, how far, how long nothing was done."""
@@ -4927,6 +4950,7 @@ class Trainer:
         with self.guard:
             self.session = True
             self.let_in()
+        threading.Thread(target=machine.watch, name='machine', daemon=True).start()
 
     def let_in(self) -> None:
         """Tell it that there is a session, and what it has to know."""
@@ -4936,10 +4960,10 @@ class Trainer:
         last = self.run.get('number', 0)
         self.line.send('logged_in', settings=settings, last=last, folders=folders, params=own_params)
 
-    def do_run(self, commands: bool, handlers: dict, values: dict, offer: str) -> None:
+    def do_run(self, commands: bool, handlers: dict, values: dict, offer: str, gpu: str = '') -> None:
         """It calls run(): it is ready for commands and messages; what an earlier one left is to be done."""
         with self.guard:
-            first = not self.told
+            first, machine.gpu = not self.told, gpu
             self.told = {'commands': commands, 'handlers': handlers, 'values': values}
             self.state = State.READY
             if first:
@@ -4968,7 +4992,7 @@ class Trainer:
         """A command was carried out: its answer and its effects are remembered together."""
         with self.guard:
             order = self.orders.pop(id, None)
-            self.sent.pop(id, None)
+            sent = self.sent.pop(id, None)
             letters = [Letter(**letter) for letter in letters]
             queued = order is not None and order.known is not None
             begins = queued and order.text == '开始' and self.queue.current
@@ -4980,6 +5004,7 @@ class Trainer:
                     self.saved &= 'begun' not in run
                     self.run = {**({} if 'begun' in run else self.run), **run}
                     also.append(self.run_row())
+                    self.keep_output(sent if 'begun' in run else None)
                 if begins:
                     self.queue.took(run)
                     letters, also = letters * bool(run), [*also, self.queue.statement()]
@@ -4999,6 +5024,7 @@ class Trainer:
             pairs = [(person, Letter(**letter)) for letter in letters for person in audience]
             run = run or {}
             self.run.update(run)
+            self.keep_output()
             self.saved |= 'checkpoint' in run
             self.progress |= bool(run)
             also = [self.run_row()] if run else []
@@ -5022,6 +5048,17 @@ class Trainer:
     def is_queued(self) -> bool:
         """Return whether a run of 排队 is going on or waits. Needs the guard."""
         return bool(self.queue.waiting or self.queue.current)
+
+    def keep_output(self, since: Optional[float] = None) -> None:
+        """Let what is printed go to the run's folder; a run has begun at `since`. Needs the guard.
+
+        One that has come to nothing has no folder: its last words get one.
+        """
+        folder, ending = self.run.get('folder'), self.run.get('ending')
+        if not folder and ending in WRONG and output.path is None and self.process is not None:
+            with contextlib.suppress(OSError):
+                folder = make_run_folder()
+        output.follow(folder, since)
 
     def run_row(self) -> tuple:
         """Return the statement that remembers what is known of the last run. Needs the guard."""
@@ -5060,6 +5097,7 @@ class Trainer:
 
     def do_params(self, params: dict) -> None:
         """The training function lets further values be set."""
+        own_params.clear()
         own_params.update(params)
         memory.write(set_setting('own_params', own_params))
 
@@ -5128,7 +5166,8 @@ STANDING = {  # what a run that stands still does, where that is no batch
     Phase.SAVING: '没有动静，停在存检查点',
     Phase.ENDING: '没有动静，停在收尾',
 }
-SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'compare'}  # what changes nothing
+WRONG = {each.value for each in (Ending.NAN, Ending.ERROR, Ending.BROKEN)}  # ends of a run
+SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'compare', 'log'}  # what changes nothing
 LISTING = {'queue', 'remind'}  # what changes nothing without anything behind it
 
 
@@ -5136,7 +5175,13 @@ def known_runs(most: int = 1000) -> list:
     """Return what is known of the last runs, the last one first: their facts, number, person, ending."""
     columns = 'number', 'person', 'begun', 'ended', 'ending'
     rows = memory.rows(f'SELECT {", ".join(columns)}, facts FROM run ORDER BY number DESC LIMIT {most}')
-    return [{**json.loads(facts), **dict(zip(columns, row))} for *row, facts in rows]
+    runs = [{**json.loads(facts), **dict(zip(columns, row))} for *row, facts in rows]
+    for run in runs:
+        if run.get('folder'):  # all may have been moved, or copied, to another place since
+            run['folder'] = os.path.join(RUNS, os.path.basename(run['folder']))
+        if run.get('checkpoint'):
+            run['checkpoint'] = os.path.join(run['folder'], os.path.basename(run['checkpoint']))
+    return runs
 
 
 def run_row(run: dict) -> tuple:
@@ -5154,6 +5199,16 @@ def folder_of_run(place: Optional[int]) -> str:
     """Return the folder of the run at a place, from 1, in 记录's list; '' when there is none."""
     runs = listed_runs()
     return runs[place - 1]['folder'] if place and place <= len(runs) else ''
+
+
+def last_run_text(run: dict) -> str:
+    """Return how the last run went; '' when there was none."""
+    if not run.get('begun'):
+        return ''
+    demo = '演示数据，' * (run.get('data') == 'demo')
+    ended = run.get('ending') or '训练中'
+    line = f'上次，{local_time(run["begun"])}：{run.get("how_far", "")}，{demo}{ended}'
+    return '\n'.join([line, *run.get('best_lines', ())])
 
 
 def runs_text() -> str:
@@ -5186,7 +5241,8 @@ def run_words(run: dict) -> str:
 def outcome(run: dict) -> str:
     """Return what came of a run, in words."""
     value = (run.get('best') or [0, None])[1]
-    number = '' if value is None else f'，{value:.3f}'
+    by = (run.get('best_by') or ['test_acc'])[0]
+    number = '' if value is None else f'，{value:.3f}' if by == 'test_acc' else f'，{by} {value:.4g}'
     return f'{run.get("epochs", 0)} 轮{number}，{run.get("ending") or "训练中"}'
 
 
@@ -5209,23 +5265,26 @@ def best_places(runs: list) -> set:
 def look_for_runs() -> None:
     """List the runs in runs/ that the memory does not know: of an earlier version, or brought from elsewhere.
 
-    A run is known by when it was begun, a folder by its name: a copy of one that is there is none.
+    A run is known by when it was begun, a folder by its name: a copy of one that is there is none, but one
+    whose folder has another name now is found again.
     """
     known = {run['begun']: run for run in known_runs()}
+    of_folder = {run['folder']: run for run in known.values() if run.get('folder')}
     names = {
         os.path.basename(run['folder']) for run in known.values() if 'epochs' in run and run.get('folder')
     }
     found = []
     for folder in sorted(glob.glob(os.path.join(glob.escape(RUNS), '*', ''))):
-        run = {} if os.path.basename(folder[:-1]) in names else facts_in(folder[:-1])
-        if run:
-            found.append(run)
+        with contextlib.suppress(Exception):  # whatever other programs keep in a folder called runs/
+            run = {} if os.path.basename(folder[:-1]) in names else facts_in(folder[:-1])
+            found += [run] * bool(run)
     found.sort(key=lambda run: (run['number'], run['copied'], run['folder']))
     old = min([run['number'] for run in known.values()], default=1) - sum(not run['number'] for run in found)
     for run in found:
-        before = known.get(run['begun'])
-        if before and (run.pop('copied') or os.path.isdir(before.get('folder') or '')) and 'epochs' in before:
+        before = known.get(run['begun']) or of_folder.get(run['folder'])
+        if before and os.path.isdir(before.get('folder') or '') and 'epochs' in before:
             continue
+        del run['copied']
         numbers = {run['number'] for run in known.values()}
         if before:
             run = {**run, **before, 'folder': run['folder'], 'checkpoint': run['checkpoint']}
@@ -5254,7 +5313,8 @@ def facts_in(folder: str) -> dict:
     with contextlib.suppress(ValueError):
         moment = moment and time.mktime(time.strptime(moment[0], '%Y%m%d-%H%M%S'))
     by, lower = state.get('best_by') or ('test_acc', False)
-    measured = [(float(row[by]), int(row['epoch'])) for row in rows if row.get(by)]
+    measured = [(float(row.get(by) or math.nan), int(row['epoch'])) for row in rows]
+    measured = [pair for pair in measured if not math.isnan(pair[0])]
     best = (min if lower else max)(measured, key=lambda pair: pair[0], default=None)
     rates = [float(row['learning_rate']) for row in rows]
     lr, ti, bs = state.get('params') or (None, None, None)
@@ -5313,29 +5373,254 @@ def wait_for_end(process: subprocess.Popen, result: list, write: int) -> None:
 
 
 def copy_output(number: int, stream: int, last_words: collections.deque) -> None:
-    """Print what the training process prints, and keep the last lines of its errors: a thread for each."""
-    rest = b''
-    with contextlib.suppress(OSError):
-        while content := os.read(stream, 65536):
-            printer.put(number, f'its {number}', content)
-            if number == 2:
-                *lines, rest = (rest + content).split(b'\n')
-                last_words += [line.decode(sys.stderr.encoding, 'replace') for line in lines]
-                rest = rest[-1000:]
-    last_words.append(rest.decode('utf-8', 'replace'))
+    """Print what the training process prints, and keep the last lines: a thread for each of its streams."""
+    rest, content = b'', None
+    while content != b'':
+        content = b''
+        with contextlib.suppress(OSError):
+            content = os.read(stream, 65536)
+        printer.put(number, f'its {number}', content)
+        *lines, rest = (rest + (content or b'\n' * bool(rest))).split(b'\n')
+        rest = rest[-4 * Output.LONGEST :]
+        lines = [line.decode(sys.stderr.encoding, 'replace') for line in lines]
+        last_words += lines if number == 2 else ()
+        try:
+            output.add(lines)
+        except Exception:  # of this one piece: what waits in the pipe would hold up the training
+            print_traceback()
 
 
 def oom_kills() -> list:
     """Return how many processes the kernel has killed for want of memory: in all, in this control group."""
-    numbers, paths = [], ['/proc/vmstat']
-    with contextlib.suppress(OSError), open('/proc/self/cgroup') as f:
-        groups = [line.rstrip('\n').split(':', 2) for line in f]
-        paths += [f'/sys/fs/cgroup{path}/memory.events' for _, names, path in groups if not names]
-        paths += [f'/sys/fs/cgroup/memory{path}/memory.oom_control' for _, names, path in groups if names]
-    for path in [*paths, '/sys/fs/cgroup/memory.events']:  # the last: in a container
+    numbers, names = [], ('memory.events', 'memory.oom_control')
+    for path in ['/proc/vmstat', *(os.path.join(each, name) for each in memory_groups() for name in names)]:
         with contextlib.suppress(OSError), open(path) as f:
             numbers += re.findall(r'^oom_kill (\d+)', f.read(), re.M)
     return numbers
+
+
+def memory_groups() -> list:
+    """Return the folders of the control groups that limit this process's memory, and its children's."""
+    folders = ['/sys/fs/cgroup']  # in a container
+    with contextlib.suppress(OSError), open('/proc/self/cgroup') as f:
+        for _, kinds, path in (line.rstrip('\n').split(':', 2) for line in f):
+            root = '/sys/fs/cgroup' + '/memory' * bool(kinds)
+            if not kinds or 'memory' in kinds.split(','):
+                parts = path.strip('/').split('/')
+                folders += ['/'.join([root, *parts[:n]]) for n in range(len(parts) + 1)]
+    return list(dict.fromkeys(folders))
+
+
+class Output:
+    """What the training process has printed: the last lines in memory, all of a run's in its folder.
+
+    The threads that read its streams add to it, the one that listens to it says which run goes on, any thread
+    reads it; `guard` guards everything.
+    """
+
+    KEPT, LONGEST = 2000, 1000  # lines; characters of one
+    MOST, ROOM = 100, 12000  # in an answer: lines; bytes, which are six messages
+    FULL = 10**7  # bytes of the file: then another one is begun, and the one before kept
+
+    def __init__(self):
+        self.guard = threading.Lock()
+        self.lines = collections.deque(maxlen=self.KEPT)  # (when, by time.monotonic(), line)
+        self.path, self.since = None, 0.0  # of the run's file, once it has a folder; when the run began
+
+    def add(self, lines: list) -> None:
+        """Keep lines as a terminal would show them, without colours, and without secrets."""
+        lines = [re.sub(r'\x1b\[[\d;?]*[A-Za-z]', '', line.rstrip('\r')).split('\r')[-1] for line in lines]
+        lines = [visible(without_queries(line.expandtabs())[: self.LONGEST]) for line in lines]
+        with self.guard:
+            self.lines += [(time.monotonic(), line) for line in lines]
+            self.write(lines)
+
+    def write(self, lines: list) -> None:
+        """Write lines to the file, if it can be. Needs the guard."""
+        if not self.path or not lines:
+            return
+        private = functools.partial(os.open, mode=0o600)
+        with contextlib.suppress(OSError):
+            with open(self.path, 'a', encoding='utf-8', errors='backslashreplace', opener=private) as f:
+                f.writelines(line + '\n' for line in lines)
+                full = f.tell() > self.FULL
+            if full:
+                os.replace(self.path, self.path + '.1')
+
+    def follow(self, folder: Optional[str], since: Optional[float]) -> None:
+        """The run has this folder, or none yet. One that has begun did so at `since`, by time.monotonic()."""
+        path = folder and os.path.join(folder, 'output.log')
+        with self.guard:
+            if since is not None and path != self.path:
+                self.path, self.since = None, min(since, time.monotonic())
+            if not path or path == self.path:
+                return
+            self.path = path
+            self.write([line for when, line in self.lines if when >= self.since])
+        memory.write(set_setting('output', path))
+
+    def read(self, path: Optional[str]) -> None:
+        """Take in the last lines of the file of an earlier program."""
+        with contextlib.suppress(OSError), open(path or '', 'rb') as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - self.KEPT * 100))
+            lines = f.read().decode('utf-8', 'replace').splitlines()
+            with self.guard:
+                self.lines.extendleft((-math.inf, line) for line in lines[::-1])
+
+    def text(self, number: int, whole_error: bool) -> str:
+        """Return the last lines, at most so many; but the `whole_error` that stands at their end."""
+        with self.guard:
+            lines, path = [line for _, line in self.lines], self.path
+        first = len(lines) - min(number, self.MOST)
+        if whole_error:
+            first = min(first, start_of_error(lines))
+        shown_lines, room = [], self.ROOM
+        for line in reversed(lines[max(first, 0) :]):
+            room -= size(line) + 1
+            if room < 0:
+                shown_lines.append('（前面的太长了' + (f'，都在 {shown(path)}）' if path else '）'))
+                break
+            shown_lines.append(line)
+        notes = [f'（最多 {self.MOST} 行）'] * (number > self.MOST)
+        return '\n'.join([*notes, *shown_lines[::-1]]).strip('\n') or '还没有打印过什么。'
+
+
+def start_of_error(lines: list) -> int:
+    """Return where the last traceback begins, with those that led to it, or the last words of a crash."""
+    first = len(lines)
+    for i in reversed(range(len(lines))):
+        if re.match('Traceback \\(most recent|Fatal Python error', lines[i]):
+            first = i
+            if not (i > 1 and lines[i - 2].startswith(('During handling of the', 'The above exception was'))):
+                break
+    return first
+
+
+class Machine:
+    """What is left of the machine, and warnings before that ends a run.
+
+    A thread of its own looks at it, as a driver or a disk that hangs must hold up nobody; any reads `text`.
+    """
+
+    EVERY = 1  # second
+
+    def __init__(self):
+        self.gpu = ''  # the one that trains: see gpu_number()
+        self.text = ''  # how it is, in words
+        self.enough = 0.0  # bytes of memory that were left when it was last a tenth
+        self.told = set()  # what was warned of and has not been good since
+
+    def watch(self) -> None:
+        """Look at it for ever, and tell what is to be told: the work of its thread."""
+        pause, seconds = threading.Event(), 0
+        while not pause.wait(seconds):
+            seconds = self.EVERY
+            try:
+                for text in self.look():
+                    text = f'{text}（主机 {socket.gethostname()}）'
+                    trainer.tell(Letter(text, 'notice'), trainer.run.get('person'))
+            except Exception:
+                print_traceback()
+                seconds = 600
+
+    def look(self) -> list:
+        """Look at it; return the warnings that are new."""
+        used = memory_of(trainer.process.pid if trainer.process else os.getppid())
+        (left, most), room = memory_left(), checkpoint_size()
+        free = shutil.disk_usage(RUNS if os.path.isdir(RUNS) else FOLDER).free
+        gpu, heat = gpu_now(self.gpu) if self.gpu else ([], None)
+        words = f'训练的进程 {amount(used)}，' * bool(used) + f'还剩 {amount(left)}/{amount(most)}'
+        load = f'负载 {os.getloadavg()[0]:.1f}/{os.cpu_count()} 核'
+        lines = [f'内存：{words}', f'磁盘还剩 {amount(free)}，{load}', *['GPU ' + '，'.join(gpu)] * bool(gpu)]
+        self.text = '\n'.join(lines)
+        if left >= most / 10 or not self.enough:
+            self.enough = left
+        falling = left < self.enough - most / 100
+        short = f'内存快用完了，还在少下去：{words}。用完了，训练的进程会被系统杀掉'
+        full = f'磁盘快满了：runs/ 那里还剩 {amount(free)}，存不下三个检查点'
+        return [
+            *self.new('memory', left < most / 10 and falling, left > most / 8, short),
+            *self.new('disk', room and free < 3 * room, free > 4 * (room or math.inf), full),
+            *self.new('GPU', heat and heat > 90, heat and heat < 85, f'GPU 太热了：{heat} °C'),
+        ]
+
+    def new(self, what: str, bad: Any, good: Any, text: str) -> list:
+        """Return the text when something is bad that was good since that was told, if there is a run."""
+        if good:
+            self.told.discard(what)
+        if not bad or what in self.told or not trainer.is_busy():
+            return []
+        self.told.add(what)
+        return [text]
+
+
+def memory_of(pid: int) -> int:
+    """Return how much memory a process uses, in bytes; 0 when it has just ended."""
+    import psutil  # 40 ms: not before the login
+
+    try:
+        return psutil.Process(pid).memory_info().rss
+    except psutil.Error:
+        return 0
+
+
+def memory_left() -> tuple:
+    """Return how much memory is left, and of how much, in bytes: of the machine's or a control group's."""
+    import psutil
+
+    whole = psutil.virtual_memory()
+    rooms = [(whole.available, whole.total)]
+    kinds = ('max', 'current'), ('limit_in_bytes', 'usage_in_bytes')
+    for folder, names in itertools.product(memory_groups(), kinds):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file; no limit
+            limit, used, more = (read_text(f'{folder}/memory.{name}') for name in (*names, 'stat'))
+            given_up = re.findall(r'^(?:total_)?inactive_file (\d+)', more, re.M)[-1]  # when it is wanted
+            rooms.append((int(limit) - int(used) + int(given_up), int(limit)))
+    return min(rooms)
+
+
+def read_text(path: str) -> str:
+    """Return what stands in a file. Raises OSError."""
+    with open(path) as f:
+        return f.read()
+
+
+def checkpoint_size() -> int:
+    """Return how many bytes the last checkpoint takes; 0 when there is none, or one is being written: that
+    takes room for a moment."""
+    path = trainer.run.get('checkpoint')
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path) if path and place.read()['phase'] != Phase.SAVING else 0
+    return 0
+
+
+def gpu_now(name: str) -> tuple:
+    """Return what NVML knows of a GPU, by its number or UUID, in words, and its temperature in °C or None."""
+    import pynvml  # 50 ms, 2 MB: where there is a GPU
+
+    def ask(function: Callable, *what: Any) -> Any:
+        with contextlib.suppress(pynvml.NVMLError):  # no driver; a part of a GPU does not know all
+            return function(*what)
+
+    ask(pynvml.nvmlInit)
+    by = pynvml.nvmlDeviceGetHandleByIndex if name.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID
+    gpu = ask(by, int(name) if name.isdecimal() else name)
+    if gpu is None:
+        return [], None
+    use, room = ask(pynvml.nvmlDeviceGetUtilizationRates, gpu), ask(pynvml.nvmlDeviceGetMemoryInfo, gpu)
+    heat = ask(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU)
+    words = [f'使用率 {use.gpu}%'] if use else []
+    words += [f'显存 {room.used / 2**20:.0f}/{room.total / 2**20:.0f} MB'] if room else []
+    return words + ([] if heat is None else [f'{heat} °C']), heat
+
+
+def amount(size: float) -> str:
+    """Return a number of bytes in words.
+
+    >>> amount(451 * 2**20), amount(3.25 * 2**30)
+    ('451 MB', '3.2 GB')
+    """
+    return f'{size / 2**20:.0f} MB' if size < 2**30 else f'{size / 2**30:.1f} GB'
 
 
 class Countdown:
@@ -5436,7 +5721,7 @@ if TALKS:
     silence_logging()
     make_streams_safe()
     memory, people, mail, countdown, trainer = Memory(), People(), Mail(), Countdown(), Trainer()
-    programs = Programs()
+    output, machine, programs = Output(), Machine(), Programs()
     printer = None
     if role:  # the one that trains has started it, and prints
         place = Place(int(role_words[1]))
@@ -6869,11 +7154,12 @@ def chat_inf(
     `train_loss` and `train_acc` are sums over the batches, of which `train_data` has len(), or progress() has
     counted them; numbers or NDArrays of one element. `train_acc` and `test_acc` may be None: not measured.
     After an epoch that 停止 cut short nothing is reported. Your own `numbers`, like f1=0.83, stand in the
-    report, in log.csv and in the curve.
+    report, in log.csv and in the curve; seconds=3, as a column is called, as seconds_.
     Raises FloatingPointError when the loss is not finite, TypeError when nobody knows of how many batches.
     """
     sums = team.meet(*parts_of(train_loss), *parts_of(train_acc))
     with lock:
+        run.leave_pass()
         if run.is_cut_short():
             return
         batches = run.batches_reported(train_data)
@@ -6881,7 +7167,7 @@ def chat_inf(
     loss = mean_of(*sums[:3], batches) if train_loss is not None else None
     accuracy = mean_of(*sums[3:], batches) if train_acc is not None else None
     test_acc = None if test_acc is None else float(test_acc)
-    numbers = {name: float(value) for name, value in numbers.items()}
+    numbers = {name + '_' * (name in History.COLUMNS): float(value) for name, value in numbers.items()}
     if loss is not None:
         check_finite(loss)
     with lock:
@@ -6918,7 +7204,8 @@ def load_checkpoint(net: Any, trainer: Any, extra: Optional[dict] = None) -> tup
         if kept != [len(nets), len(trainers)]:
             raise RuntimeError('检查点里有 %d 个网络、%d 个 Trainer，和这个训练函数的不一样' % tuple(kept))
         for path, each in zip(part_names(folder, 'net.params'), nets):
-            each.load_parameters(path, ctx=try_gpu())
+            ready = any(p._data or p._deferred_init for p in each.collect_params().values())
+            each.load_parameters(path, ctx=None if ready else try_gpu())  # None: where it has been put
         orders = zip(part_names(folder, 'trainer.states'), trainers, state['orders'])
         for path, each, order in orders:
             reorder_states(path, order, names_in_order(nets, each))
@@ -6940,21 +7227,20 @@ def save_checkpoint(
     """Keep what 继续 needs; return the epoch to go on with and the sums in it so far, as load_checkpoint().
 
     `net` and `trainer` are one each, or lists of several; `extra` is what else is to be kept, by name:
-    numbers, texts, lists, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0, 0; after one
-    that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes on: the
-    checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before, when a
-    parameter is not finite.
+    numbers, texts, lists, tuples, dicts, arrays. After a whole epoch the epoch is epoch + 1, the sums 0,
+    0; after one that 停止 cut short, what was given. A failure (a full disk) is told, and the training goes
+    on: the checkpoint before stays whole. Raises FloatingPointError, and keeps the checkpoint before,
+    when a parameter is not finite.
     """
     nets = as_list(net)
     with run.during(Phase.SAVING):
         with lock:
+            run.leave_pass()
             here = (epoch, train_loss, train_acc) if run.is_cut_short() else (epoch + 1, 0, 0)
             run.finish_unreported(epoch)
-            state, log = run.state(*here), run.history.csv()
-            losses = np.array(run.losses.points)
+            state, log, losses = run.state(*here), run.history.csv(), np.array(run.losses.points)
             row = run.history.row_of(epoch) if not state['batch'] else None
-            is_best = row is not None and row is run.history.best
-            state['row'] = row and row.number
+            is_best, state['row'] = row is not None and row is run.history.best, row and row.number
             state['orders'] = [names_in_order(nets, each) for each in as_list(trainer)]
         seed_epoch(run.seed, here[0])
         if team.size > 1:
@@ -6963,12 +7249,10 @@ def save_checkpoint(
             even_out(each)
         if not state['epochs'] and not state['batch']:
             return here  # nothing has been learned yet
-        for name, parameter in [pair for each in nets for pair in each.collect_params().items()]:
-            if not np.isfinite(parameter.data(parameter.list_ctx()[0]).asnumpy()).all():
-                raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
+        check_parameters(nets)
         if is_best:
             run.write('best.params', '最好的网络', nets[0].save_parameters)
-        kept = nets, as_list(trainer), state, losses, log, extra
+        kept = nets, trainer, state, losses, log, extra, run.mistakes
         path = run.write('last.zip', '检查点', lambda path: write_checkpoint(path, *kept))
         if path and is_best:
             run.write('best.zip', '最好的检查点', lambda best: shutil.copyfile(path, best))
@@ -6977,6 +7261,13 @@ def save_checkpoint(
                 run.checkpoint = path
                 run.tell(checkpoint=path, kept=run.how_far())
     return here
+
+
+def check_parameters(nets: list) -> None:
+    """Raise FloatingPointError when a parameter is not finite; one that was never computed has no numbers."""
+    for name, parameter in [pair for each in nets for pair in each.collect_params().items()]:
+        if parameter._data and not np.isfinite(as_numpy(parameter._data[0])).all():
+            raise NotFinite(f'网络的 {name} 里有 NaN 或无穷大')
 
 
 def names_in_order(nets: list, trainer: Any) -> list:
@@ -7025,13 +7316,15 @@ def chat_param(name: str, default: Any, smallest: Any = None, largest: Any = Non
     value is used, for each batch or epoch. A default that is not negative makes 0 the `smallest`.
     Raises ValueError for a name that cannot be one, TypeError for another kind of value.
     """
-    if own_params.get(name, (None,) * 4)[3] != default:
+    spec = type(default), default, smallest, largest
+    if run.declared.get(name) != spec:
         declare(name, default, smallest, largest)
+        run.declared[name] = spec
     with lock:
         own = team.agreed[3] if team.agreed else settings.own
         value = own.get(name, run.own.get(name, default))
         if run.own.get(name, value) != value:
-            run.marks.append((run.epochs_done(), f'{name} {value:g}'))
+            run.marks.append((run.epochs_done(), f'{name} {value}'))
         run.own[name] = value
         return value
 
@@ -7047,7 +7340,11 @@ def declare(name: str, default: Any, smallest: Any, largest: Any) -> None:
     lowest = 0 if default >= 0 else -math.inf
     kind = 'int' if isinstance(default, int) else 'float'
     limits = lowest if smallest is None else smallest, math.inf if largest is None else largest
-    own_params[name] = (kind, *limits, default)
+    with lock:
+        own_params[name] = (kind, *limits, default)
+        for values in (settings.own, run.own):  # set when the script had another kind or other limits
+            with contextlib.suppress(KeyError, ValueError):
+                values[name] = read_value(name, str(values.pop(name)))
     itchat.instance.report('params', params=own_params)
 
 
@@ -7081,40 +7378,44 @@ class ChatHandler(
     def __init__(self, wechat_name: str):
         self.wechat_name = wechat_name
         self.epoch, self.loss, self.acc = 1, 0, 0
+        self.begins = False  # is the next pass over the loader the one that trains?
 
     def train_begin(self, estimator: Any, *args, **kwargs) -> None:
         """Take up a checkpoint; from now on the loader's batches are counted, and ti decides the end."""
         self.epoch, self.loss, self.acc = load_checkpoint(estimator.net, estimator.trainer)
-        loader = sys._getframe(1).f_locals['train_data']  # fit() gives it to no handler
+        frame = sys._getframe(1)
+        while 'train_data' not in frame.f_locals:  # fit()'s, which gives it to no handler
+            frame = frame.f_back
+        loader = frame.f_locals['train_data']
         kind = type(loader)
 
         class Counted(kind):
-            def __iter__(self):
-                return progress(SizedIterable(len(self), lambda: kind.__iter__(self)), train=True)
+            def __iter__(loader):
+                begins, self.begins = self.begins, False
+                batches = SizedIterable(len(loader), lambda: kind.__iter__(loader))
+                return progress(batches, train=True) if begins else iter(batches)
 
         loader.__class__ = Counted
-        if estimator.max_epoch and estimator.max_epoch != params()[1]:
-            with lock:
+        if not estimator.max_epoch:
+            return
+        with lock:
+            if not run.resumed and 'training_iters' not in settings.chosen:
                 run.training_iters = estimator.max_epoch
-        if estimator.max_epoch:
-            estimator.max_epoch = LIMITS['training_iters'][2]  # before the StoppingHandler sees it
+        estimator.max_epoch = LIMITS['training_iters'][2]  # before the StoppingHandler sees it
 
     def epoch_begin(self, estimator: Any, *args, **kwargs) -> None:
         """An epoch begins."""
         lock_start()
+        self.begins = True
 
     def batch_begin(self, estimator: Any, *args, **kwargs) -> None:
         """Let a new learning rate count, where no scheduler decides."""
         if estimator.trainer.optimizer.lr_scheduler is None:
             estimator.trainer.set_learning_rate(params()[0])
 
-    def batch_end(
-        self, estimator: Any, *args, loss: Any = None, pred: Any = None, label: Any = None, **_
-    ) -> bool:
+    def batch_end(self, estimator: Any, *args, loss: Any = None, **_) -> bool:
         """Add up; return True at 停止."""
         self.loss += batch_loss(joined(loss))
-        if any(isinstance(metric, mx.metric.Accuracy) for metric in estimator.train_metrics):
-            self.acc += accuracy(joined(pred), joined(label))
         return not running
 
     def epoch_end(self, estimator: Any, *args, **kwargs) -> bool:
@@ -7126,6 +7427,9 @@ class ChatHandler(
                 test_acc = None if math.isnan(value) else value
             elif not isinstance(metric, mx.metric.Loss) and not math.isnan(value):
                 numbers[name] = value
+        for metric in estimator.train_metrics:
+            if isinstance(metric, mx.metric.Accuracy):
+                self.acc += Share(metric.get()[1], metric.sum_metric, metric.num_inst)
         acc = self.acc if isinstance(self.acc, Share) else None
         chat_inf(self.wechat_name, self.epoch, self.loss, acc, None, test_acc, **numbers)
         kept = estimator.net, estimator.trainer, self.epoch, self.loss, self.acc
@@ -7317,7 +7621,7 @@ class History:
 
     def decisive(self, row: Row) -> Optional[float]:
         """Return the number of an epoch that decides which is the best."""
-        return row.numbers.get(self.by, getattr(row, self.by, None))
+        return getattr(row, self.by) if self.by in self.COLUMNS else row.numbers.get(self.by)
 
     def decide_by(self, by: str, lower: bool) -> None:
         """Let another number decide."""
@@ -7496,22 +7800,18 @@ class Run:
         self.live = None  # does nn_train ask for new values? None: it has not come to that yet
         self.wanted = {}  # values that were set by then
         self.steps, self.rate = 0, None  # that Trainers have taken; the learning rate of the last batch
-        self.steppers, self.keepers = (
-            set(),
-            None,
-        )  # id() of Trainers that step; that load_checkpoint() has had
-        self.last_rate = None  # as a Trainer has used it
+        self.steppers, self.keepers = set(), None  # id() of Trainers: that step; in load_checkpoint()
+        self.first_rate = self.last_rate = None  # as a Trainer has used them; the former: in its first step
         self.scheduled, self.scale = False, 1.0  # has the Trainer a scheduler? by what is its rate multiplied
         self.own = {}  # name -> value, as chat_param() has returned it last
+        self.declared = {}  # name -> kind, default and limits, as nn_train has asked for it last
         self.epochs = 0  # done
         self.batch = self.batches = 0  # done and in all in this epoch; 0 when progress() is not used
         self.unfinished = 0  # batches of the epoch that 继续 goes on with, until its pass begins
         self.walk = None  # the Pass of this epoch that trains
         self.open = True  # is the next pass the first of an epoch?
-        self.proven, self.believed = (
-            False,
-            0,
-        )  # has a Trainer taken a step in a pass? epochs that only seem so
+        self.proven = False  # has a Trainer taken a step in a pass?
+        self.believed = 0  # epochs that only seem so
         self.promised = 0  # the epoch that is trained at least, as nn_train has asked for ti
         self.clock = Clock()
 
@@ -7526,6 +7826,7 @@ class Run:
         self.epochs, self.batch, self.batches = state['epochs'], state['batch'], state['batches']
         self.unfinished, self.proven, self.rate = self.batch, state['proven'], state['rate']
         self.scheduled, self.scale, self.own = state['scheduled'], state['scale'], state['own']
+        self.last_rate = self.rate or self.history.rows and self.history.rows[-1].learning_rate
         self.clock = Clock(*state['clock'])
 
     def state(self, epoch: int, train_loss: Any, train_acc: Any) -> dict:
@@ -7647,7 +7948,11 @@ class Run:
         scale = team.agreed[4] if team.agreed else self.scale
         if self.scheduled and scale != getattr(scheduler, 'factor_by_chat', 1):
             trainer.optimizer.lr_scheduler = Scaled(scheduler, scale)
-        self.rate = self.last_rate = float(trainer.learning_rate)
+        optimizer = trainer.optimizer  # a scheduler is asked when the step is counted
+        rate = optimizer.lr_scheduler(optimizer.num_update + 1) if self.scheduled else optimizer.lr
+        self.rate = self.last_rate = float(rate)
+        if self.steps == 1 and self.resumed is None:
+            self.first_rate = self.rate
         if self.steps == 1 and self.walk and self.walk.state is Walk.DONE and not self.walk.proven:
             self.epochs, self.believed, self.batch, self.walk = self.epochs - self.believed, 0, 0, None
             self.enter(Phase.TRAINING)
@@ -7713,13 +8018,18 @@ class Run:
         if self.live is None:
             self.live, self.wanted = False, {}
 
+    def leave_pass(self) -> None:
+        """The loop has been left: so has its pass, though a variable may keep what progress() returned."""
+        if self.walk and self.walk.state is Walk.GOING:
+            self.end_pass(self.walk, False)
+
     def end_pass(self, walk: Pass, whole: bool) -> None:
         """Note that a pass is over: the `whole` of it, or the loop was left in the middle of a batch."""
+        if walk.state is Walk.DONE:
+            return
         if not whole and self.steps > walk.counted and walk.state is Walk.GOING:
             self.count_batch(walk, 0)
-        walk.proven |= (
-            walk.trains and walk.done == walk.first > 0
-        )  # 停止 came at the end of this epoch's pass
+        walk.proven |= walk.trains and walk.done == walk.first > 0  # 停止 came at the end of its pass
         if walk.state is Walk.GOING:
             cut = walk is self.walk and not whole and not self.now()[0] and self.counts(walk)
             walk.state = Walk.CUT if cut else Walk.DONE
@@ -7877,16 +8187,19 @@ class Run:
         rate = self.history.rows[-1].learning_rate if self.history.rows else self.learning_rate
         values = rate, self.training_iters, self.batch_size
         about = {'data': self.data, 'best_by': (self.history.by, self.history.lower), 'values': values}
+        first = self.history.rows[0].learning_rate if self.history.rows else self.learning_rate
+        about['first_rate'] = first if self.first_rate is None else self.first_rate
         about['name'] = self.name
-        return {**about, 'how_far': self.how_far(), 'epochs': len(self.history.rows), 'best': found}
+        numbers = {'epochs': len(self.history.rows), 'best': found, 'best_lines': self.best_lines()}
+        return {**about, 'how_far': self.how_far(), **numbers}
 
-    def status(self) -> str:
-        """Return where things stand, but for what follows for the machine."""
+    def status(self, last: str = '', machine: str = '') -> str:
+        """Return where things stand; how the last run went and the machine is, the talking process knows."""
         lines = ['训练中' if self.is_going() else '正在停止' if self.busy else '空闲']
         if self.history.rows or self.batch or self.busy:
             lines[0] += '：' + self.how_far() + ('' if self.busy else '（上次）')
         else:
-            lines += filter(None, [resume_offer()])
+            lines += filter(None, [last, resume_offer()])
         lines += filter(None, [PHASES.get(self.phase), missing_processes()])
         if self.losses.last is not None:
             lines.append(f'最近一批损失 {self.losses.last:.4g}')
@@ -7897,7 +8210,7 @@ class Run:
             lines += filter(None, [self.speed()])
             lines.append(f'已用 {duration(self.clock.elapsed())}{self.time_left()}')
         lines.append(self.values() if self.busy else values_now())
-        return '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}'])
+        return '\n'.join([*lines, f'设备 {device()}', f'主机 {socket.gethostname()}', machine]).strip()
 
     def speed(self) -> str:
         """Return how many images a second the present pass has trained, in words; '' when nobody knows."""
@@ -7918,9 +8231,12 @@ class Run:
             rate = self.learning_rate if self.rate is None else self.rate
             again = '继续' if self.checkpoint else '开始'
             lines = [f'训练停下了：{error}', f'{place}，lr = {rate:g}']
-            lines += [f'可以试试 lr {rate / 10:g}，再发“{again}”']
+            how = f' lr {rate / 10:g}，再发“{again}”'
+            if self.scheduled and self.checkpoint:  # there, lr decides nothing
+                how = '“继续”，再发 lr x0.1'
+            lines += [f'可以试试{how}']
             if self.has_best():
-                lines += [f'也可以先发“回退”，回到最好的第 {self.history.best.epoch} 轮']
+                lines += ['也可以先发“回退”，回到存下来的最好的一轮']
         elif error is not None:
             lines = [f'训练出错，已结束（主机 {socket.gethostname()}）', *error_lines(error), self.how_far()]
         elif self.reason is Ending.EARLY:
@@ -7931,6 +8247,14 @@ class Run:
         if kept and (error is not None or self.epochs_done() < self.training_iters):
             lines.append(f'检查点在 {shown(self.checkpoint)}，发“继续”接着训练')
         return data_note() + '\n'.join([*lines, '用时 ' + duration(self.clock.elapsed())])
+
+    def forget_params(self) -> None:
+        """Forget the values by chat that the script, an epoch later, no longer asks for."""
+        gone = own_params.keys() - self.declared if self.history.rows else ()
+        for name in gone:
+            del own_params[name]
+        if gone:
+            itchat.instance.report('params', params=own_params)
 
     def has_best(self) -> bool:
         """Return whether 回退 has something to go back to."""
@@ -8106,24 +8430,22 @@ def device() -> str:
     return name + (f'，{team.size} 个进程一起' if team.size > 1 else '')
 
 
-def gpu_state() -> str:
-    """Return what nvidia-smi says of the GPU that trains; it may take a moment."""
-    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')  # MXNet counts among these alone
-    gpu = visible[options.gpu] if visible[0] and options.gpu < len(visible) else options.gpu
-    query = f'nvidia-smi --id={gpu} --query-gpu=utilization.gpu,memory.used,memory.total'
-    query += ' --format=csv,noheader,nounits'
-    try:
-        done = subprocess.run(query.split(), capture_output=True, text=True, timeout=5, check=True)
-        return '\nGPU 使用率 %s%%，显存 %s/%s MB' % tuple(done.stdout.strip().split(', '))
-    except (OSError, subprocess.SubprocessError, TypeError):
+def gpu_number() -> str:
+    """Return by what NVML knows the GPU that trains, a number or a UUID; '' when there is none."""
+    if try_gpu().device_type == 'cpu':
         return ''
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')  # MXNet counts among these alone
+    return visible[options.gpu].strip() if visible[0] and options.gpu < len(visible) else str(options.gpu)
 
 
 def error_lines(error: BaseException) -> list:
-    """Return what an exception says and where it was raised, in two lines for a phone."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Return what an exception says and the last line of a person's own that led to it, for a phone."""
+    frames, ours = traceback.extract_tb(error.__traceback__), re.escape(__file__)
+    library = re.escape(os.path.dirname(os.__file__) + os.sep)
+    others = re.compile(rf'{ours}\Z|{library}|.*/(?:site|dist)-packages/|<(?!ipython)')
+    own = [frame for frame in frames if not others.match(frame.filename)]
     lines = [f'{type(error).__name__}: {first_line(error)}']
-    return lines + [f'{os.path.basename(p.filename)} 第 {p.lineno} 行：{p.line}' for p in frames[-1:]]
+    return lines + [f'{os.path.basename(p.filename)} 第 {p.lineno} 行：{p.line}' for p in own[-1:]]
 
 
 CHINESE_FONTS = (  # names of files, the best first
@@ -8412,9 +8734,10 @@ def draw_mistakes(mistakes: list, path: str) -> None:
 
 # ---------------------------------------------------------------------------------- the files of a run
 
-# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy, log.csv),
-# best.zip, best.params, log.csv and curve.png. Each but the log is written under another name and then put in
-# its place, so that there is always a whole one; last.zip carries the checksums of what it holds.
+# runs/<start of the run>/ holds last.zip (net.params, trainer.states, run.json, losses.npy, log.csv,
+# mistakes.npz), best.zip, best.params, log.csv, curve.png and output.log. Each but the logs is written under
+# another name and then put in its place, so that there is always a whole one; last.zip carries the checksums
+# of what it holds.
 
 
 def write_whole(path: str, write: Callable) -> None:
@@ -8431,7 +8754,14 @@ def write_whole(path: str, write: Callable) -> None:
 
 
 def write_checkpoint(
-    path: str, net: Any, trainer: Any, state: dict, losses: np.ndarray, log: str, extra: Optional[dict] = None
+    path: str,
+    net: Any,
+    trainer: Any,
+    state: dict,
+    losses: np.ndarray,
+    log: str,
+    extra: Optional[dict] = None,
+    mistakes: Iterable = (),
 ) -> None:
     """Write last.zip to `path`."""
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path), suffix=NEW) as folder:
@@ -8441,6 +8771,7 @@ def write_checkpoint(
             each.save_states(name)
         write_extra(folder, extra or {})
         np.save(os.path.join(folder, 'losses.npy'), losses)
+        write_mistakes(os.path.join(folder, 'mistakes.npz'), mistakes)
         append(os.path.join(folder, 'run.json'), json.dumps(state, ensure_ascii=False), 'w')
         append(os.path.join(folder, 'log.csv'), log, 'w')
         with zipfile.ZipFile(path, 'w') as checkpoint:
@@ -8452,13 +8783,22 @@ def write_extra(folder: str, extra: dict) -> None:
     """Write what a person wants kept: JSON, with the arrays in it in a file beside."""
     arrays = []
 
-    def as_reference(value: Any) -> dict:
-        if not isinstance(value, (np.ndarray, np.generic, nd.NDArray)):
-            raise TypeError(f'extra：{type(value).__name__} 存不了，要是数、文字、列表、字典或数组')
-        arrays.append(value.asnumpy() if isinstance(value, nd.NDArray) else np.asarray(value))
-        return {'array': len(arrays) - 1, 'of': 'mxnet' if isinstance(value, nd.NDArray) else 'numpy'}
+    def packed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: packed(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            parts = [packed(each) for each in value]
+            return {'__tuple__': parts} if isinstance(value, tuple) else parts
+        if value is None or isinstance(value, (str, int, float)):
+            return value
+        array = value.asnumpy() if isinstance(value, nd.NDArray) else value
+        if not isinstance(array, (np.ndarray, np.generic)) or array.dtype.hasobject:
+            raise TypeError(f'extra：{type(value).__name__} 存不了，要是数、文字、列表、字典或数的数组')
+        arrays.append(array)
+        kind = 'mxnet.np' if isinstance(value, mx.np.ndarray) else 'mxnet' * isinstance(value, nd.NDArray)
+        return {'__array__': len(arrays) - 1, 'of': kind}
 
-    append(os.path.join(folder, 'extra.json'), json.dumps(extra, default=as_reference), 'w')
+    append(os.path.join(folder, 'extra.json'), json.dumps(packed(extra)), 'w')
     np.savez(os.path.join(folder, 'extra.npz'), *arrays)
 
 
@@ -8467,13 +8807,31 @@ def read_extra(folder: str) -> dict:
     with np.load(os.path.join(folder, 'extra.npz')) as arrays:
 
         def revive(value: dict) -> Any:
-            if set(value) != {'array', 'of'}:
+            if '__tuple__' in value:
+                return tuple(value['__tuple__'])
+            if '__array__' not in value:
                 return value
-            array = arrays[f'arr_{value["array"]}']
-            return nd.array(array, dtype=array.dtype) if value['of'] == 'mxnet' else array
+            array = arrays[f'arr_{value["__array__"]}']
+            make = {'mxnet': nd.array, 'mxnet.np': mx.np.array}.get(value['of'])
+            return make(array, dtype=array.dtype) if make else array[()]
 
         with open(os.path.join(folder, 'extra.json'), encoding='utf-8') as f:
             return json.load(f, object_hook=revive)
+
+
+def write_mistakes(path: str, mistakes: Iterable) -> None:
+    """Write what Mistakes has kept."""
+    sure, images, true, said = [np.array(column) for column in zip(*mistakes)] or [[]] * 4
+    np.savez_compressed(path, sure=sure, images=images, true=true, said=said)
+
+
+def read_mistakes(folder: Optional[str]) -> list:
+    """Return them as a run's checkpoint has them; [] where there is none, or it is of an earlier version."""
+    with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):
+        with open_private(os.path.join(folder or '', 'last.zip')) as f, zipfile.ZipFile(f) as checkpoint:
+            with np.load(io.BytesIO(checkpoint.read('mistakes.npz'))) as kept:
+                return list(zip(*(kept[name] for name in ('sure', 'images', 'true', 'said'))))
+    return []
 
 
 def back_to_best(folder: Optional[str]) -> str:
@@ -8557,9 +8915,8 @@ def read_checkpoint(path: Any) -> dict:
                 points = np.load(io.BytesIO(checkpoint.read('losses.npy'))).tolist()
                 state['losses'] = Losses(map(tuple, points), **state['losses'])
                 state['history'] = History.read(checkpoint.read('log.csv').decode())
-                state['numbers'] = [row.numbers for row in state['history']]
                 Run().resume(path, state)  # nothing is missing
-                return {'data': state['data'], **state}
+                return state
         except OSError:
             raise
         except Exception as error:  # whatever zipfile, json and numpy make of damaged bytes
@@ -8642,7 +8999,7 @@ class Asked(NamedTuple):
     person: Caller
     number: int = 0  # behind the word
     path: str = ''  # the checkpoint to go on from
-    known: str = ''  # what the talking process knows of it: see Order.words()
+    known: Any = ''  # what the talking process knows of it: see Trainer.known()
 
 
 class Settings:
@@ -8802,8 +9159,7 @@ class Commands:
         run.enter(Phase.LOADING)
         about = {'number': run.number, 'person': run.person.key, 'begun': run.begun, 'ending': None}
         kept = {'folder': run.folder, 'checkpoint': run.checkpoint, 'kept': run.how_far()}
-        first = run.history.rows[0].learning_rate if run.history.rows else run.learning_rate
-        self.news = {**about, **kept, **run.facts(), 'first_rate': first, 'stopping': False}
+        self.news = {**about, **kept, **run.facts(), 'stopping': False}
         self.job = self.nn_train, run
 
     def stop(self, asked: Optional[Asked] = None) -> str:
@@ -8828,12 +9184,12 @@ class Commands:
 
     def status(self, asked: Asked) -> Any:
         """Say where things stand."""
-        text = f'{run.status()}\n{manner_text(settings.report_every, settings.patience)}'.strip()
-        return text if try_gpu().device_type == 'cpu' else lambda: text + gpu_state()
+        text = run.status(*asked.known)
+        return f'{text}\n{manner_text(settings.report_every, settings.patience)}'.strip()
 
     def plot(self, asked: Asked) -> Any:
-        """Draw the curves; with a number, those of that run in 记录's list."""
-        if not asked.number:
+        """Draw the curves; with a number, those of that run in 记录's list; after a restart, of the last."""
+        if not asked.number and (run.phase is not Phase.WAITING or not asked.known):
             drawable = run.losses.points or run.history.rows
             return run.curve() if drawable else '还没有可画的：训练开始后再发“曲线”。'
 
@@ -8867,20 +9223,29 @@ class Commands:
     def mistakes(self, asked: Asked) -> Any:
         """Draw the test examples that the network got wrong, the surest first."""
         this_run, mistakes = run, run.mistakes
-        if not mistakes:
-            return '还没有错图：测试过一次以后才有。'
-        if mistakes[0][1].ndim != 3 or mistakes[0][1].shape[0] not in (1, 3):
-            return '这些数据不是图，画不出来。'
+        folder = asked.known if run.phase is Phase.WAITING else run.folder
 
         def picture():
-            path = this_run.write('mistakes.png', '错图', functools.partial(draw_mistakes, mistakes))
+            shown = mistakes or read_mistakes(folder)
+            if not shown:
+                return '还没有错图：测试过一次以后才有。'
+            if shown[0][1].ndim != 3 or shown[0][1].shape[0] not in (1, 3):
+                return '这些数据不是图，画不出来。'
+            draw = functools.partial(draw_mistakes, shown)
+            if mistakes:
+                path = this_run.write('mistakes.png', '错图', draw)
+            else:
+                path = os.path.join(folder, 'mistakes.png')
+                write_whole(path, draw)
             return Letter(path, 'picture') if path else '错图没有画成。'
 
         return trying('图没有画成', picture)
 
     def runs(self, asked: Asked) -> str:
-        """List the last runs, so that they can be compared."""
+        """Say what the talking process knows."""
         return asked.known
+
+    log = runs
 
     def params(self, asked: Asked) -> str:
         """Say the three values, and what else was set."""
@@ -8906,7 +9271,8 @@ class Commands:
         settings.patience = asked.number
         if not asked.number:
             return '好，不早停了。'
-        what = TITLES.get(run.history.by, run.history.by)
+        by = run.history.by if run.busy or run.history.rows else settings.best_by[0]
+        what = TITLES.get(by, by)
         return f'好，{what} {asked.number} 轮没有更好，训练就自己结束。不要了就发“早停 0”。'
 
     def set_values(self, pairs: list) -> str:
@@ -8926,7 +9292,7 @@ class Commands:
         if name in own_params:
             settings.own[name] = read_value(name, text)
             settings.lent.pop(name, None)
-            return [f'{name} = {settings.own[name]:g}'] if running else []
+            return [f'{name} = {settings.own[name]}'] if running else []
         if name == 'learning_rate' and relative and running and run.scheduled:
             factor = read_value(name, text, 1.0)
             run.scale *= factor
@@ -9033,6 +9399,7 @@ def close(this_run: Run) -> None:
         with lock:
             if this_run.rolling_back and not note:  # somebody has just said so
                 continue
+            this_run.forget_params()
             try:
                 if not paused:
                     tell_end(this_run, note)
@@ -9194,7 +9561,7 @@ class Remote(itchat.Core):
             offer = resume_offer() if self.commands else ''
             handlers = {chat: list(functions) for chat, functions in self.functionDict.items()}
         can = self.commands is not None and team.leads
-        self.line.send('run', commands=can, handlers=handlers, values=values, offer=offer)
+        self.line.send('run', commands=can, handlers=handlers, values=values, offer=offer, gpu=gpu_number())
 
     def leave(self, status: int, again: bool = False) -> None:
         """Say good-bye and end the process; `again`: to be started anew."""
