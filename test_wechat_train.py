@@ -7685,13 +7685,13 @@ NIGHT = """
     while utils.lock_start() and epoch <= utils.params()[1]:
         for batch in utils.progress(range(3), train=True):
             loss += utils.batch_loss(nd.array([lr + epoch]))
-            if (lr, epoch, batch) in DIES and not os.path.exists(f'died {lr}'):
-                open(f'died {lr}', 'w').close()
-                os.kill(os.getpid(), 9)
             if (lr, epoch, batch) in HOLDS:
                 print('HOLDS', lr, flush=True)
                 while not os.path.exists(f'go {lr}') and utils.running:
                     time.sleep(0.01)
+            if (lr, epoch, batch) in DIES and not os.path.exists(f'died {lr}'):
+                open(f'died {lr}', 'w').close()
+                os.kill(os.getpid(), 9)
         utils.chat_inf(wechat_name, epoch, loss, None, None, *SCORE(run, lr, epoch))
         if KEEPS:
             utils.save_checkpoint(net, trainer, epoch, 0, 0)
@@ -7960,8 +7960,9 @@ def test_a_queue_outlives_the_program(wechat, tmp_path):
 
 
 def test_stop_asks_about_the_queue(wechat, tmp_path):
-    holds = [(rate, 1, 1) for rate in (0.1, 0.2, 0.3, 0.4, 0.5)]
-    with Program(tmp_path, script=night(tmp_path, HOLDS=holds), env=wechat.env()) as program:
+    holds = [(rate, 1, 1) for rate in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
+    script = night(tmp_path, HOLDS=holds, DIES=holds[-1:])
+    with Program(tmp_path, script=script, env=wechat.env()) as program:
         wechat.ready()
         assert '不行' in wechat.ask('排队 lr 0.1, 1000') and wechat.ask('排队').startswith('没有排着的')
         wechat.ask('排队 lr 0.1, 0.2, 0.3')
@@ -7978,7 +7979,15 @@ def test_stop_asks_about_the_queue(wechat, tmp_path):
         assert table == '排队的 2 次做完了\n1. lr 0.1：0 轮，停止\n2. lr 0.2：0 轮，停止'
         assert wechat.ask('开始').startswith('开始训练\n') and 'HOLDS 0.4' not in program.output()
         program.wait_output('HOLDS 0.5')
-        assert wechat.ask('停止') == '好，这一批算完就停。'
+        so_far = len(wechat.heard())
+        wechat.ask('排队 lr 0.6, 0.7')
+        wechat.ask('停止')
+        program.wait_output('HOLDS 0.6')
+        wechat.ask('停止')  # it dies before it has stopped: all the same it is not begun again
+        number = f'{max(score(0, 0.7, epoch)[0] for epoch in (1, 2)):.3f}'
+        table = wechat.wait_text('做完了', since=so_far)
+        assert table == f'排队的 2 次做完了\n1. lr 0.6：0 轮，中断\n2. lr 0.7：2 轮，{number}，完成 ★'
+        assert wechat.ask('停止') == '现在没有训练，发“开始”就开始。'
 
 
 def test_two_errors_within_a_minute_stop_the_queue(wechat, tmp_path):

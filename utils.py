@@ -1477,8 +1477,8 @@ COMMANDS = {
     'plot': Command('曲线', '损失和精度的图', ' 2', optional=True),
     'mistakes': Command('错图', '认错的测试图'),
     'runs': Command('记录', '最近几次训练，比一比'),
-    'log': Command('日志', '程序最后打印的几行', ' 20', optional=True),
     'compare': Command('对比', '最近几次画在一张图里'),
+    'log': Command('日志', '程序最后打印的几行', ' 20', optional=True),
     'programs': Command('程序', '合用这个微信的有哪些程序'),
     'rollback': Command('回退', '回到最好的一轮'),
     'queue': Command('排队', '排队 lr 0.1, 0.05：一次接一次', more=' lr 0.1, 0.05'),
@@ -4234,7 +4234,7 @@ class Order(NamedTuple):
     text: str
     path: str = ''  # to go on from this checkpoint, without an answer if that works
     typed: bool = False  # beside a chat: to be answered in the terminal
-    known: Any = None  # of 排队: in known()'s place; all who hear of its runs get the answer
+    known: Any = None  # of 排队: in Trainer.known()'s place; all who hear of its runs get the answer
 
     def words(self) -> dict:
         """Return what the training process is told, with what the memory knows of the runs asked for."""
@@ -4308,8 +4308,8 @@ class Queue:
         """Return whether the current one is to be taken up again; `run`: what is known of the last run."""
         if self.current['tries'] >= self.TRIES or self.current['run'] not in (None, run.get('number')):
             return False
-        by_program = run.get('ending') == Ending.STOPPED.value and not run.get('stopping')
-        return self.current['run'] is None or by_program or run.get('ending') == Ending.BROKEN.value
+        cut_off = run.get('ending') in (Ending.STOPPED.value, Ending.BROKEN.value) and not run.get('stopping')
+        return self.current['run'] is None or cut_off  # not by a person
 
     def took(self, run: dict) -> None:
         """The current one was begun, as `run`; or not, because a person's came first: then it waits again."""
@@ -4404,7 +4404,8 @@ def rule_words(rule: list) -> str:
 
 def value_in(row: dict, name: str) -> Optional[float]:
     """Return one of the numbers of an epoch; phones write a capital where none is meant."""
-    return next((value for key, value in row.items() if key.lower() == name.lower()), None)
+    alike = [value for key, value in row.items() if key.lower() == name.lower()]
+    return row.get(name, [*alike, None][0])
 
 
 class State(enum.Enum):
@@ -4730,8 +4731,7 @@ class Trainer:
                 self.orders[order.id] = order
                 if self.state is State.READY:
                     self.hand_over(order)
-            wanted = self.orders or self.queue.waiting
-            if wanted and self.state is State.GONE and not self.ending:
+            if (not answer or self.queue.waiting) and self.state is State.GONE and not self.ending:
                 self.start()
 
     def reply(self, order: Order, letters: Iterable, statements: Iterable) -> list:
@@ -4791,11 +4791,6 @@ class Trainer:
 
     def known(self, said: Said) -> Any:
         """Return what the training process is told with a command, as JSON. Needs the guard."""
-        if said.word == 'mistakes':
-            return folder_of_run(1)
-        if said.word == 'plot':
-            run = [*listed_runs()[(said.number or 1) - 1 :][:1], {}][0]
-            return (run['folder'], run.get('name', '')) if run else ''
         if said.word in ('stop', 'rollback'):
             return self.queue.at_stop(said)
         if said.word == 'start':
@@ -4803,6 +4798,12 @@ class Trainer:
         if said.word == 'compare':
             runs = enumerate(listed_runs()[:8], 1)
             return {'runs': [[run['folder'], f'{i}. {run_words(run)}'] for i, run in runs]}
+        if said.word == 'plot':
+            place = said.number or 1
+            folder = folder_of_run(place)
+            return folder and [folder, listed_runs()[place - 1].get('name', '')]
+        if said.word == 'mistakes':
+            return folder_of_run(1)
         if said.word == 'status':
             return [last_run_text(self.run), machine.text]
         if said.word == 'log':
@@ -5040,6 +5041,14 @@ class Trainer:
                     countdown.start(self.run.get('person'))
             self.guard.notify_all()
 
+    def asks(self) -> bool:
+        """Return whether what this process has asked for is not answered yet. Needs the guard."""
+        return any(order.known is not None or order.path for order in self.orders.values())
+
+    def is_queued(self) -> bool:
+        """Return whether a run of 排队 is going on or waits. Needs the guard."""
+        return bool(self.queue.waiting or self.queue.current)
+
     def keep_output(self, since: Optional[float] = None) -> None:
         """Let what is printed go to the run's folder; a run has begun at `since`. Needs the guard.
 
@@ -5050,14 +5059,6 @@ class Trainer:
             with contextlib.suppress(OSError):
                 folder = make_run_folder()
         output.follow(folder, since)
-
-    def asks(self) -> bool:
-        """Return whether what this process has asked for is not answered yet. Needs the guard."""
-        return any(order.known is not None or order.path for order in self.orders.values())
-
-    def is_queued(self) -> bool:
-        """Return whether a run of 排队 is going on or waits. Needs the guard."""
-        return bool(self.queue.waiting or self.queue.current)
 
     def run_row(self) -> tuple:
         """Return the statement that remembers what is known of the last run. Needs the guard."""
@@ -5166,7 +5167,7 @@ STANDING = {  # what a run that stands still does, where that is no batch
     Phase.ENDING: '没有动静，停在收尾',
 }
 WRONG = {each.value for each in (Ending.NAN, Ending.ERROR, Ending.BROKEN)}  # ends of a run
-SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'log', 'compare'}  # what changes nothing
+SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'compare', 'log'}  # what changes nothing
 LISTING = {'queue', 'remind'}  # what changes nothing without anything behind it
 
 
@@ -8187,6 +8188,7 @@ class Run:
         about = {'data': self.data, 'best_by': (self.history.by, self.history.lower), 'values': values}
         first = self.history.rows[0].learning_rate if self.history.rows else self.learning_rate
         about['first_rate'] = first if self.first_rate is None else self.first_rate
+        about['name'] = self.name
         numbers = {'epochs': len(self.history.rows), 'best': found, 'best_lines': self.best_lines()}
         about['name'] = self.name
         return {**about, 'how_far': self.how_far(), **numbers}
