@@ -1580,7 +1580,7 @@ PAIR = re.compile(  # 学习率 lr = 0.1, lr0.1, lr x 0.5
 )
 OWN_PAIR = re.compile(rf'([a-z][a-z_0-9]*)(?:{BETWEEN}+|(?=-))([+-]?\.?\d[\d.e+-]*){BETWEEN}*')  # wd 0.001
 COMMA = re.compile(r'((?:lr|learning_rate|学习率)[\s=:]*[x*/]?\s*\d+),(\d+)(?![\d.])')  # lr 0,1
-BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?![a-z_])(.*)')
+BEGINNING = re.compile(rf'({"|".join(sorted([*WORDS, *NAMES], key=len)[::-1])})(?!(?<=[a-z_])[a-z_])(.*)')
 NEARLY = {  # how else people say a command: it is answered, not obeyed
     'start': '(?:开始|启动|重新|重新开始)训练[吧了]?|starttraining',
     'stop': '停|停下|停下来|暂停|中止|终止|(?:停止?|暂停|中止|终止|结束)训练[吧了]?|stoptraining|pause',
