@@ -9036,10 +9036,11 @@ def test_words_for_several_programs(wechat, light):
     wechat.says('B', '我的 run lr 0.1\nlr x0.5\n甲 lr 2')
     wechat.wait(lambda: len(wechat.heard(since=since)) == 3)
     assert '[甲] 学习率 lr = 2' in wechat.heard(since=since)
-    since = len(wechat.heard())
-    wechat.says('B', '全部 参数')
-    wechat.wait(lambda: len(wechat.heard(since=since)) == 2)
-    assert sorted(wechat.heard(since=since)) == ['[我的 run] 学习率 lr = 0.05', '[甲] 学习率 lr = 2']
+    for everybody in ('全部 参数', '全部参数'):
+        since = len(wechat.heard())
+        wechat.says('B', everybody)
+        wechat.wait(lambda s=since: len(wechat.heard(since=s)) == 2)
+        assert sorted(wechat.heard(since=since)) == ['[我的 run] 学习率 lr = 0.05', '[甲] 学习率 lr = 2']
     listed = wechat.ask('程序').removeprefix('[甲] ').split('\n')
     host = socket.gethostname()
     assert [line.split('：')[0] for line in listed] == [f'甲（主机 {host}）', f'我的 run（主机 {host}）']

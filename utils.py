@@ -1667,7 +1667,7 @@ def share_out(text: str, names: Iterable) -> tuple:
         return parse(text), {'': text}
     names = sorted({ALL, *names}, key=len, reverse=True)
     pattern = '|'.join(map(re.escape, names))
-    named = re.compile(rf'@?\s*({pattern})["\'”’」』]?(?:[\s:,、]+(.*)|$)', re.I)
+    named = re.compile(rf'@?\s*({pattern})["\'”’」』]?(?:(?:[\s:,、]+|(?<={ALL}))(.*)|$)', re.I)
     pairs, to, parts = [], '', {}
     for line in lines_of(text, named):
         said, found = understand(line), named.fullmatch(line)
