@@ -7947,6 +7947,7 @@ def test_a_queue_outlives_the_program(wechat, tmp_path):
         program.kill()
     (tmp_path / 'go 0.1').touch()
     with Program(tmp_path, script=script, env=wechat.env()) as program:
+        assert wechat.wait_text('程序又启动了').endswith('。\n排队的训练自己接着做。')
         wechat.wait_text('第 1/3 次排队：从检查点接着训练')
         program.wait_output('HOLDS 0.05')
         program.process.send_signal(signal.SIGTERM)

@@ -4983,8 +4983,10 @@ class Trainer:
             form = '%H:%M' if gone and now - gone < 43200 else '%m-%d %H:%M'
             when = [local_time(moment, form) for moment in (gone or now, now)]
             text = f'程序又启动了：从 {when[0]} 到 {when[1]} 它不在，那时的训练中断了'
-            text += f'（主机 {socket.gethostname()}）。\n' + (offer or '没有检查点，发“开始”从头训练。')
             self.run.update(ending=Ending.BROKEN.value, ended=gone or now)
+            if self.queue.current and self.queue.is_interrupted(self.run):
+                offer = '排队的训练自己接着做。'
+            text += f'（主机 {socket.gethostname()}）。\n' + (offer or '没有检查点，发“开始”从头训练。')
             audience = people.audience(self.run['person'], owner=True)
             mail.put(*((person, text) for person in audience), also=[self.run_row()])
 
