@@ -7680,6 +7680,8 @@ NIGHT = """
     lr, ti, bs = params
     run = utils.run.number
     print('BEGINS', lr, ti, bs, epoch, flush=True)
+    if lr in KILLS:
+        os.kill(os.getpid(), 9)
     if lr in FAILS:
         raise OSError('no space left')
     while utils.lock_start() and epoch <= utils.params()[1]:
@@ -7698,7 +7700,7 @@ NIGHT = """
         epoch, loss = epoch + 1, 0
     utils.lock_end(wechat_name)
 """
-DEFAULTS = {'FAILS': [], 'DIES': [], 'HOLDS': [], 'KEEPS': True}
+DEFAULTS = {'FAILS': [], 'KILLS': [], 'DIES': [], 'HOLDS': [], 'KEEPS': True}
 
 
 def score(run, lr, epoch):
@@ -7991,6 +7993,13 @@ def test_stop_asks_about_the_queue(wechat, tmp_path):
         table = wechat.wait_text('做完了', since=so_far)
         assert table == f'排队的 2 次做完了\n1. lr 0.6：0 轮，中断\n2. lr 0.7：2 轮，{number}，完成 ★'
         assert wechat.ask('停止') == '现在没有训练，发“开始”就开始。'
+
+
+def test_a_run_that_always_dies_does_not_keep_the_queue_from_the_next(tmp_path):
+    script = night(tmp_path, KILLS=[0.1])
+    with Program(tmp_path, '--console', script=script) as program:
+        _, output = program.types('排队 lr 0.1, 0.05\n')
+    assert re.search(r'排队的 2 次做完了\n1. lr 0.1：0 轮，中断\n2. lr 0.05：2 轮，.*，完成 ★', output)
 
 
 def test_two_errors_within_a_minute_stop_the_queue(wechat, tmp_path):

@@ -4255,7 +4255,7 @@ class Queue:
 
     MOST, SHOWN = 50, 10  # waiting runs; lines that a phone's screen has room for
     QUICK = 60  # seconds: two runs in a row that end by an error within them stop it
-    TRIES = 2  # a run is begun again so often when it was interrupted without a checkpoint
+    TRIES = 1  # so often a run without a checkpoint is begun again: fewer deaths than Trainer.DEATHS
 
     def __init__(self):
         self.waiting = []  # dicts: number, person (a key), values of a run's own, tries
