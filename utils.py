@@ -1477,8 +1477,8 @@ COMMANDS = {
     'plot': Command('曲线', '损失和精度的图', ' 2', optional=True),
     'mistakes': Command('错图', '认错的测试图'),
     'runs': Command('记录', '最近几次训练，比一比'),
-    'compare': Command('对比', '最近几次画在一张图里'),
     'log': Command('日志', '程序最后打印的几行', ' 20', optional=True),
+    'compare': Command('对比', '最近几次画在一张图里'),
     'programs': Command('程序', '合用这个微信的有哪些程序'),
     'rollback': Command('回退', '回到最好的一轮'),
     'queue': Command('排队', '排队 lr 0.1, 0.05：一次接一次', more=' lr 0.1, 0.05'),
@@ -4791,6 +4791,11 @@ class Trainer:
 
     def known(self, said: Said) -> Any:
         """Return what the training process is told with a command, as JSON. Needs the guard."""
+        if said.word == 'mistakes':
+            return folder_of_run(1)
+        if said.word == 'plot':
+            run = [*listed_runs()[(said.number or 1) - 1 :][:1], {}][0]
+            return (run['folder'], run.get('name', '')) if run else ''
         if said.word in ('stop', 'rollback'):
             return self.queue.at_stop(said)
         if said.word == 'start':
@@ -4798,12 +4803,6 @@ class Trainer:
         if said.word == 'compare':
             runs = enumerate(listed_runs()[:8], 1)
             return {'runs': [[run['folder'], f'{i}. {run_words(run)}'] for i, run in runs]}
-        if said.word == 'plot':
-            place = said.number or 1
-            folder = folder_of_run(place)
-            return folder and [folder, listed_runs()[place - 1].get('name', '')]
-        if said.word == 'mistakes':
-            return folder_of_run(1)
         if said.word == 'status':
             return [last_run_text(self.run), machine.text]
         if said.word == 'log':
@@ -5041,14 +5040,6 @@ class Trainer:
                     countdown.start(self.run.get('person'))
             self.guard.notify_all()
 
-    def asks(self) -> bool:
-        """Return whether what this process has asked for is not answered yet. Needs the guard."""
-        return any(order.known is not None or order.path for order in self.orders.values())
-
-    def is_queued(self) -> bool:
-        """Return whether a run of 排队 is going on or waits. Needs the guard."""
-        return bool(self.queue.waiting or self.queue.current)
-
     def keep_output(self, since: Optional[float] = None) -> None:
         """Let what is printed go to the run's folder; a run has begun at `since`. Needs the guard.
 
@@ -5059,6 +5050,14 @@ class Trainer:
             with contextlib.suppress(OSError):
                 folder = make_run_folder()
         output.follow(folder, since)
+
+    def asks(self) -> bool:
+        """Return whether what this process has asked for is not answered yet. Needs the guard."""
+        return any(order.known is not None or order.path for order in self.orders.values())
+
+    def is_queued(self) -> bool:
+        """Return whether a run of 排队 is going on or waits. Needs the guard."""
+        return bool(self.queue.waiting or self.queue.current)
 
     def run_row(self) -> tuple:
         """Return the statement that remembers what is known of the last run. Needs the guard."""
@@ -5167,7 +5166,7 @@ STANDING = {  # what a run that stands still does, where that is no batch
     Phase.ENDING: '没有动静，停在收尾',
 }
 WRONG = {each.value for each in (Ending.NAN, Ending.ERROR, Ending.BROKEN)}  # ends of a run
-SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'compare', 'log'}  # what changes nothing
+SHOWING = {'status', 'params', 'help', 'plot', 'mistakes', 'runs', 'log', 'compare'}  # what changes nothing
 LISTING = {'queue', 'remind'}  # what changes nothing without anything behind it
 
 
@@ -8189,8 +8188,8 @@ class Run:
         about = {'data': self.data, 'best_by': (self.history.by, self.history.lower), 'values': values}
         first = self.history.rows[0].learning_rate if self.history.rows else self.learning_rate
         about['first_rate'] = first if self.first_rate is None else self.first_rate
-        about['name'] = self.name
         numbers = {'epochs': len(self.history.rows), 'best': found, 'best_lines': self.best_lines()}
+        about['name'] = self.name
         return {**about, 'how_far': self.how_far(), **numbers}
 
     def status(self, last: str = '', machine: str = '') -> str:
