@@ -616,6 +616,7 @@ class Program:
         settings['XDG_RUNTIME_DIR'] = str(folder)  # it meets no other program unless the test says so
         env = {**os.environ, **settings, **(env or {})}
         env.pop('PYTHONUNBUFFERED', None)  # nobody's lines may be kept back
+        env.pop('PYTHONDONTWRITEBYTECODE', None)  # compiled anew, it would be slower and larger
         with open(self.log, 'wb') as log:
             self.process = subprocess.Popen(
                 [sys.executable, *python, script, *args],
