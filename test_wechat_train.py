@@ -6532,6 +6532,11 @@ def test_scripts_as_people_write_them(name, wechat, tmp_path):
         since = len(wechat.heard())
         wechat.says('B', '曲线 2')
         wechat.wait_picture(since=since)
+        before, since = wechat.ask('参数'), len(wechat.heard())
+        assert 'ti = 5' in wechat.ask('lr x0.5 ti 5') and wechat.ask('参数') != before
+        wechat.ask('继续')  # with other values
+        wechat.wait_text('第 5/5 轮', since=since)
+        assert '完成 5/5 轮' in wechat.wait_text('训练完成', since=since)
 
 
 def read_parts(path):
