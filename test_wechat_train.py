@@ -616,6 +616,7 @@ class Program:
         settings['XDG_RUNTIME_DIR'] = str(folder)  # it meets no other program unless the test says so
         env = {**os.environ, **settings, **(env or {})}
         env.pop('PYTHONUNBUFFERED', None)  # nobody's lines may be kept back
+        env.pop('PYTHONDONTWRITEBYTECODE', None)  # compiled anew, it would be slower and larger
         with open(self.log, 'wb') as log:
             self.process = subprocess.Popen(
                 [sys.executable, *python, script, *args],
@@ -6531,6 +6532,11 @@ def test_scripts_as_people_write_them(name, wechat, tmp_path):
         since = len(wechat.heard())
         wechat.says('B', '曲线 2')
         wechat.wait_picture(since=since)
+        before, since = wechat.ask('参数'), len(wechat.heard())
+        assert 'ti = 5' in wechat.ask('lr x0.5 ti 5') and wechat.ask('参数') != before
+        wechat.ask('继续')  # with other values
+        wechat.wait_text('第 5/5 轮', since=since)
+        assert '完成 5/5 轮' in wechat.wait_text('训练完成', since=since)
 
 
 def read_parts(path):

@@ -8190,7 +8190,6 @@ class Run:
         about = {'data': self.data, 'best_by': (self.history.by, self.history.lower), 'values': values}
         first = self.history.rows[0].learning_rate if self.history.rows else self.learning_rate
         about['first_rate'] = first if self.first_rate is None else self.first_rate
-        about['name'] = self.name
         numbers = {'epochs': len(self.history.rows), 'best': found, 'best_lines': self.best_lines()}
         about['name'] = self.name
         return {**about, 'how_far': self.how_far(), **numbers}
