@@ -9877,6 +9877,6 @@ if role == 'trains':
     make_streams_safe()
     for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):
         signal.signal(number, signal.SIG_DFL)  # MXNet's own handler exits with 255, and nobody knows why
-    faulthandler.enable(2)  # the last words of a segmentation fault
+    faulthandler.enable(2, all_threads=False)  # the last words of a segmentation fault
     for number in map(int, role_words[:2]):
         os.set_inheritable(number, False)
