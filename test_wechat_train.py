@@ -3842,9 +3842,10 @@ def test_after_a_restart_it_is_the_last_run_that_is_spoken_of(wechat, images, tm
         )
         assert status[2] == re.search('最好的.*', end)[0]
         os.kill(trainer_of(program), signal.SIGSTOP)  # 状态 of a process that cannot answer
-        so_far = len(wechat.heard())
         wechat.ask('重启')
-        assert '完成 2/2 轮' in wechat.ask('状态')
+        so_far = len(wechat.heard())
+        wechat.says('B', '状态')
+        wechat.wait_text('完成 2/2 轮', since=so_far)
 
 
 # ------------------------------------------------------------------------------ the terminal is a chat
@@ -4082,9 +4083,10 @@ def test_what_is_no_longer_worth_sending_is_replaced(wechat, tmp_path, as_before
     head = PAUSING.format(pauses='set()') + 'utils.options.silence = 0.3'
     script, path = own_script(tmp_path, HANGING, head=head), tmp_path / '.wechat_train.db'
 
-    def waiting(kind):
+    def waiting(kind, like='%'):
+        sql = 'SELECT count(*) FROM letter WHERE kind = ? AND content LIKE ?'
         with contextlib.closing(sqlite3.connect(path)) as db:
-            return db.execute('SELECT count(*) FROM letter WHERE kind = ?', [kind]).fetchone()[0]
+            return db.execute(sql, [kind, like]).fetchone()[0]
 
     def wait_until(condition):
         deadline = time.monotonic() + DEADLINE
@@ -4096,12 +4098,12 @@ def test_what_is_no_longer_worth_sending_is_replaced(wechat, tmp_path, as_before
         wechat.ready()
         wechat.breaking = lambda name: 1205 if name in ('webwxsendmsg', 'webwxuploadmedia') else None
         wechat.says('B', '开始')
-        wait_until(lambda: waiting('notice') == 1)
+        wait_until(lambda: waiting('notice', '%没有算完一批%') == 1)
         for text in ('曲线', '曲线', 'lr 0.3'):
             wechat.says('B', text)
         wait_until(lambda: waiting('picture') == 2)
         wechat.says('B', '', MsgType=3)
-        wait_until(lambda: waiting('notice') >= 3)  # it went on, and stands still again
+        wait_until(lambda: waiting('notice', '%没有算完一批%') == 2)  # it went on, and stands still again
         program.kill()
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         if as_before:
