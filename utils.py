@@ -4799,9 +4799,8 @@ class Trainer:
             runs = enumerate(listed_runs()[:8], 1)
             return {'runs': [[run['folder'], f'{i}. {run_words(run)}'] for i, run in runs]}
         if said.word == 'plot':
-            place = said.number or 1
-            folder = folder_of_run(place)
-            return folder and [folder, listed_runs()[place - 1].get('name', '')]
+            run = next(iter(listed_runs()[(said.number or 1) - 1 :]), None)
+            return [run['folder'], run.get('name', '')] if run else ''
         if said.word == 'mistakes':
             return folder_of_run(1)
         if said.word == 'status':
@@ -7567,12 +7566,6 @@ class Losses:
             bisect.insort(self.ordered, loss)
         return None
 
-    def spread(self, epochs: int) -> None:
-        """Lay those of the epoch with which so many are done evenly: nobody has counted its batches."""
-        n = len(self.points) - self.of_epoch
-        for i in range(n):
-            self.points[self.of_epoch + i] = epochs - 1 + (i + 1) / n, self.points[self.of_epoch + i][1]
-
 
 class Row(NamedTuple):
     """An epoch that was reported: a row of log.csv. None: not measured."""
@@ -8048,7 +8041,8 @@ class Run:
     def keep_loss(self, loss: float) -> None:
         """Keep the loss of a batch that is being computed."""
         batch = self.walk.done + 1 if self.walk else len(self.losses.points) - self.losses.of_epoch + 1
-        self.losses.add(self.epochs + batch / max(self.batches, batch + (self.walk is None)), loss)
+        # Without progress() nobody knows how far the epoch is: see spread(), which draws them.
+        self.losses.add(self.epochs + (batch / max(self.batches, batch) if self.walk else 1), loss)
         median = None if self.jumped else self.losses.jump(loss)
         if median is not None:
             self.jumped = True
@@ -8097,8 +8091,6 @@ class Run:
         number = self.history.next_number()
         row = Row(int(epoch), loss, train_acc, test_acc, rate, round(seconds, 3), number, numbers)
         self.history.add(row)
-        if self.walk is None:
-            self.losses.spread(row.epoch)
         self.losses.of_epoch = len(self.losses.points)
         self.epochs, self.batch, self.unfinished, self.rate = row.epoch, 0, 0, None
         self.walk, self.open, self.believed = None, True, 0
