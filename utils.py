@@ -332,7 +332,7 @@ def place_in_words(epochs: float, batch: float, batches: float, to: str = '到')
 
 
 def so_far(at: dict) -> str:
-    """Return what is done of a run, in words, from what Place.read() returns."""
+    """Return what is done of a run, in words: epochs, length, batch and batches, as of a Place."""
     batch = f'，{place_in_words(at["epochs"], at["batch"], at["batches"])}' if at['batch'] else ''
     return f'完成 {at["epochs"]:.0f}/{at["length"]:.0f} 轮{batch}'
 
@@ -8150,8 +8150,8 @@ class Run:
 
     def how_far(self) -> str:
         """Return how far the run has come."""
-        text = f'完成 {self.epochs}/{self.length()} 轮'
-        return text + (f'，{self.place(self.batch)}' if self.batch else '')
+        places = {'epochs': self.epochs, 'length': self.length()}
+        return so_far({**places, 'batch': self.batch, 'batches': self.batches})
 
     def place(self, batch: int, to: str = '到') -> str:
         """Return a place in the current epoch, in words."""
